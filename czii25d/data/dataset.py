@@ -1,0 +1,159 @@
+"""Training tiles: where they are cut, how they lie, and their target rendered for that pose."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.utils.data import Dataset, Sampler
+
+from czii25d.data.augment import Augmentation, Pose
+from czii25d.data.targets import HeatmapTarget
+from czii25d.data.volumes import Volume
+from czii25d.errors import InputError
+from czii25d.geometry import Shape3D
+from czii25d.heatmap import render_heatmap
+from czii25d.tiling import TileGrid
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """Where training tiles are cut.
+
+    Parameters
+    ----------
+    kind
+        ``"grid"``: every tile of a half-overlapping grid once an epoch, jittered by up to a quarter tile, as
+        published. ``"balanced"``: about a random particle, each class equally often, or anywhere.
+    particle_prob
+        For ``"balanced"``: the probability that a tile is cut about a particle.
+    samples_per_epoch
+        ``None``: as many as the grid has tiles.
+    """
+
+    kind: Literal["grid", "balanced"] = "grid"
+    particle_prob: float = 0.75
+    samples_per_epoch: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.kind not in ("grid", "balanced"):
+            raise InputError("key data.sampling.kind", "grid or balanced", repr(self.kind), "choose one")
+        if not 0 <= self.particle_prob <= 1:
+            raise InputError("key data.sampling.particle_prob", "a number in [0, 1]", str(self.particle_prob), "correct it")
+        if self.samples_per_epoch is not None and self.samples_per_epoch < 1:
+            raise InputError("key data.sampling.samples_per_epoch", "at least 1", str(self.samples_per_epoch), "raise it")
+
+
+class TileDataset(Dataset[tuple[Tensor, Tensor]]):
+    """Tiles of several tomograms with their heatmaps.
+
+    An item depends on ``(seed, epoch, index)`` alone, not on workers, processes or what was read before, so an
+    interrupted training goes on exactly where it was. Items are asked for by ``epoch * len(self) + index``
+    (`EpochSampler` does so).
+
+    Parameters
+    ----------
+    volumes, targets
+        One of each per training run.
+    tile_shape
+        ``(D, H, W)`` voxels.
+    """
+
+    def __init__(
+        self,
+        volumes: Sequence[Volume],
+        targets: Sequence[HeatmapTarget],
+        tile_shape: Shape3D,
+        sampling: Sampling,
+        augmentation: Augmentation,
+        seed: int = 0,
+    ) -> None:
+        self.volumes, self.targets = list(volumes), list(targets)
+        self.tile_shape, self.sampling, self.augmentation, self.seed = tile_shape, sampling, augmentation, seed
+        stride = tuple(max(1, side // 2) for side in tile_shape)
+        self._grid = [
+            (run, start)
+            for run, volume in enumerate(volumes)
+            for start in TileGrid(volume.data.shape, tile_shape, stride).starts
+        ]
+        channels = [np.unique(target.channels) for target in targets]
+        self._present = np.unique(np.concatenate(channels)) if channels else np.empty(0, int)
+        self._of_class = {
+            int(channel): [
+                (run, center)
+                for run, target in enumerate(targets)
+                for center in target.centers_zyx_voxel[target.channels == channel]
+            ]
+            for channel in self._present
+        }
+
+    def __len__(self) -> int:
+        return self.sampling.samples_per_epoch or len(self._grid)
+
+    def __getitem__(self, key: int) -> tuple[Tensor, Tensor]:
+        """Return ``(1, D, H, W)`` image and ``(C, D, H, W)`` heatmap, float32."""
+        epoch, index = divmod(key, len(self))
+        rng = np.random.default_rng((self.seed, epoch, index))
+        run, center = self._draw_center(index, rng)
+        pose = self.augmentation.draw_pose(center, rng)
+        volume, target = self.volumes[run], self.targets[run]
+        tile = pose.resample(volume.crop, volume.data.shape, self.tile_shape)
+        tile = self.augmentation.change_intensity(tile, rng)
+        return torch.from_numpy(tile)[None], torch.from_numpy(render_in_pose(target, pose, self.tile_shape))
+
+    def _draw_center(self, index: int, rng: np.random.Generator) -> tuple[int, tuple[float, float, float]]:
+        """Draw a run and where in it the middle of a tile lies; the unturned tile is inside the volume."""
+        tile = np.array(self.tile_shape)
+        half = (tile - 1) / 2
+        if self.sampling.kind == "grid":
+            run, start = self._grid[index % len(self._grid)]
+            middle = np.array(start) + half + rng.integers(-(tile // 4), tile // 4 + 1)
+        elif len(self._present) and rng.random() < self.sampling.particle_prob:
+            run, center = (pool := self._of_class[int(rng.choice(self._present))])[rng.integers(len(pool))]
+            middle = np.round(center) + rng.integers(-(tile // 2), (tile + 1) // 2) + half % 1
+        else:
+            run = int(rng.integers(len(self.volumes)))
+            middle = np.floor(rng.random(3) * self.volumes[run].data.shape) + half % 1
+        last = np.maximum(np.array(self.volumes[run].data.shape) - 1 - half, half)
+        z, y, x = np.clip(middle, half, last)
+        return run, (float(z), float(y), float(x))
+
+
+def render_in_pose(target: HeatmapTarget, pose: Pose, tile_shape: Shape3D) -> NDArray[np.float32]:
+    """Render the ``(C, D, H, W)`` heatmap of a tile in that pose from the particles' exact positions."""
+    return render_heatmap(
+        pose.to_tile(target.centers_zyx_voxel, tile_shape),
+        target.channels,
+        np.asarray(target.sigma_voxel) / pose.scale,
+        tile_shape,
+        len(target.particles),
+    )
+
+
+class EpochSampler(Sampler[int]):
+    """Shuffles the items of an epoch, the same way in every process, and hands each process its share.
+
+    Lightning calls `set_epoch`. Every process gets equally many items: up to ``world_size - 1`` at the end of
+    the shuffled order are left out of an epoch.
+    """
+
+    def __init__(self, length: int, seed: int = 0, rank: int = 0, world_size: int = 1) -> None:
+        self.length, self.seed, self.rank, self.world_size = length, seed, rank, world_size
+        self.epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the epoch whose order comes next."""
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return self.length // self.world_size
+
+    def __iter__(self) -> Iterator[int]:
+        order = np.random.default_rng((self.seed, self.epoch)).permutation(self.length)
+        share = order[self.rank : len(self) * self.world_size : self.world_size]
+        return iter((self.epoch * self.length + share).tolist())

@@ -1,0 +1,180 @@
+"""What every numbered script shares: Hydra, published flags, ``--help`` that explains keys, one-line errors."""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import hydra
+from hydra.core.global_hydra import GlobalHydra
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from rich.console import Console
+from rich.logging import RichHandler
+from rich.table import Table
+
+from czii25d.errors import InputError, did_you_mean
+from czii25d.particles import conf_dir
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Sequence
+
+PUBLISHED_FLAGS = ("mode", "class_num")  # the flags of the published 01 and 02, spelt ``--flag value``
+NUMBER_OR_NAME = ("data.fold_id", "trainer.precision", "trainer.devices")  # number by default, text allowed
+INPUT_ERROR, INTERRUPTED = 2, 130
+
+
+def run(function: Callable[[DictConfig], Any], config_name: str) -> None:
+    """Run ``function`` with the configuration ``conf/<config_name>.yaml`` and the command line's overrides.
+
+    What the user can mend (`InputError`, a misspelt key, no space left) is printed as one line on standard
+    error, with exit status 2; ``CZII25D_TRACEBACK=1`` shows the traceback instead.
+    """
+    argv = translate_flags(sys.argv[1:])
+    if {"--help", "-h"} & set(argv):
+        print_help(sys.modules["__main__"].__doc__ or "", config_name)
+        return
+    set_up_logging()
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # let exceptions come here rather than be printed by Hydra
+    sys.argv = [sys.argv[0], *argv, f"hydra.job.name={config_name}"]
+    try:
+        decorate = hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name=config_name)
+        decorate(_Checked(function, config_name))()
+    except (InputError, HydraException, OmegaConfBaseException, OSError) as error:
+        if os.environ.get("CZII25D_TRACEBACK"):
+            raise
+        Console(stderr=True, soft_wrap=True, highlight=False).print(
+            f"error: {explain(error, config_name)}", markup=False, style="red"
+        )
+        raise SystemExit(INPUT_ERROR) from None
+    except KeyboardInterrupt:
+        Console(stderr=True).print("interrupted; start the same command again to go on")
+        raise SystemExit(INTERRUPTED) from None
+
+
+class _Checked:
+    """The pipeline function behind a check of the types of overridden values; picklable for Hydra's launchers."""
+
+    def __init__(self, function: Callable[[DictConfig], Any], config_name: str) -> None:
+        self.function, self.config_name = function, config_name
+        self.__module__ = function.__module__  # Hydra asks where the task function lives
+
+    def __call__(self, cfg: DictConfig) -> Any:
+        set_up_logging()  # once more: a launcher may have started a fresh process
+        check_value_types(cfg, load_defaults(self.config_name))
+        return self.function(cfg)
+
+
+def translate_flags(argv: Sequence[str]) -> list[str]:
+    """Turn the published ``--mode train`` and ``--class_num 6`` (or ``--class_num=6``) into Hydra overrides."""
+    translated: list[str] = []
+    arguments = iter(argv)
+    for argument in arguments:
+        flag, equals, value = argument.removeprefix("--").partition("=")
+        if argument.startswith("--") and flag in PUBLISHED_FLAGS:
+            translated.append(f"{flag}={value if equals else next(arguments, '')}")
+        else:
+            translated.append(argument)
+    return translated
+
+
+def set_up_logging() -> None:
+    """Send the package's log, message only, to standard error."""
+    logger = logging.getLogger("czii25d")
+    if not logger.handlers:
+        handler = RichHandler(
+            console=Console(stderr=True, soft_wrap=True), show_time=False, show_path=False, show_level=False
+        )
+        handler.setFormatter(logging.Formatter("%(message)s"))
+        logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    logger.propagate = False
+
+
+def load_defaults(config_name: str) -> DictConfig:
+    """Return the configuration as it is without any override."""
+    if GlobalHydra.instance().is_initialized():  # inside a running job
+        return hydra.compose(config_name)
+    with hydra.initialize_config_dir(str(conf_dir().resolve()), version_base="1.3"):
+        return hydra.compose(config_name)
+
+
+def leaves(node: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield ``(dotted key, raw value)`` for every value of a configuration."""
+    if isinstance(node, dict) and node:
+        for key, value in node.items():
+            yield from leaves(value, f"{prefix}.{key}" if prefix else str(key))
+    else:
+        yield prefix, node
+
+
+def check_value_types(cfg: DictConfig, defaults: DictConfig) -> None:
+    """Refuse text where the default is a number: ``opt.lr=fast`` is a slip, not a learning rate."""
+    known = dict(leaves(OmegaConf.to_container(defaults, resolve=False)))
+    for key, value in leaves(OmegaConf.to_container(cfg, resolve=False)):
+        default = known.get(key)
+        is_number = isinstance(default, int | float) and not isinstance(default, bool)
+        if is_number and isinstance(value, str) and "${" not in value and key not in NUMBER_OR_NAME:
+            raise InputError(f"key {key}", f"a number such as {default}", repr(value), "correct the override")
+
+
+def explain(error: Exception, config_name: str) -> str:
+    """Return the one line that says what is wrong and how to mend it."""
+    if isinstance(error, InputError):
+        return str(error)
+    if isinstance(error, OSError):
+        name = f"{error.filename}: " if error.filename else ""
+        cure = "free space or move paths.output" if error.errno == 28 else "see that it is there and writable"
+        return f"{name}{error.strerror or error}; {cure}"
+    text = " ".join(f"{error} {error.__cause__ or ''}".split())
+    if match := re.search(r"Could not override '([^']+)'", text) or re.search(r"full_key: (\S+)", text):
+        key = match[1]
+        known = [name for name, _ in leaves(OmegaConf.to_container(load_defaults(config_name), resolve=False))]
+        hint = did_you_mean(key, known)
+        return f"key {key}: expected a key of conf/{config_name}.yaml, found none of that name{hint}; see --help"
+    return f"{text}; see --help"
+
+
+COMMENTED_KEY = re.compile(r"^(?P<indent> *)(?P<key>[\w-]+):(?P<rest>.*?)(?:\s#\s(?P<comment>.*))?$")
+
+
+def read_comments(path: Path) -> dict[str, str]:
+    """Return the comment at the end of each key's line of a YAML file, by dotted key."""
+    comments: dict[str, str] = {}
+    parents: list[tuple[int, str]] = []
+    for line in path.read_text().splitlines():
+        if match := COMMENTED_KEY.match(line):
+            indent = len(match["indent"])
+            parents = [parent for parent in parents if parent[0] < indent]
+            parents.append((indent, match["key"]))
+            if match["comment"]:
+                comments[".".join(key for _, key in parents)] = match["comment"]
+    return comments
+
+
+def print_help(description: str, config_name: str) -> None:
+    """Print what a script does and every key it takes: default and explanation."""
+    defaults = load_defaults(config_name)
+    comments = read_comments(conf_dir() / f"{config_name}.yaml")
+    for group in defaults:
+        for path in sorted((conf_dir() / str(group)).glob("*.yaml"), key=lambda p: p.stem != "default"):
+            for key, comment in read_comments(path).items():
+                comments.setdefault(f"{group}.{key}", comment)
+    console = Console(highlight=False)
+    console.print(description.strip(), markup=False)
+    console.print("\nOverride a key with key=value; sweep with -m key=a,b; choose another group with group=name:")
+    for folder in sorted(path for path in conf_dir().iterdir() if path.is_dir()):
+        names = sorted(path.stem for path in folder.glob("*.yaml"))
+        if len(names) > 1 and (folder.name in defaults or folder.name == "experiment"):
+            console.print(f"  {folder.name}={'|'.join(names)}", markup=False)
+    table = Table("key", "default", "what it is", box=None, pad_edge=False, header_style="bold")
+    table.columns[2].overflow = "fold"
+    for key, value in leaves(OmegaConf.to_container(defaults, resolve=False)):
+        if not key.startswith("particles."):
+            table.add_row(key, "null" if value is None else str(value), comments.get(key, ""))
+    console.print(table, markup=False)
