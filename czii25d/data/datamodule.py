@@ -1,0 +1,165 @@
+"""Which runs are trained on, which are held out, and the loaders of both."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import lightning as L
+from torch.utils.data import DataLoader
+
+from czii25d.data.augment import Augmentation
+from czii25d.data.dataset import EpochSampler, Sampling, TileDataset
+from czii25d.data.targets import HeatmapTarget, open_target
+from czii25d.data.volumes import Normalization, Volume, open_volume
+from czii25d.errors import InputError, did_you_mean
+from czii25d.geometry import Shape3D
+from czii25d.particles import ParticleSet
+
+
+def split_runs(
+    names: Sequence[str], fold_id: int | str | Sequence[str], train_all: bool = False
+) -> tuple[list[str], list[str]]:
+    """Return the names trained on and those held out.
+
+    Parameters
+    ----------
+    names
+        Every run, in fold order.
+    fold_id
+        Position of the held-out run, its name, or several names.
+    train_all
+        Train on every run and hold none out.
+
+    Raises
+    ------
+    InputError
+        If a run is listed twice or unknown, the position is out of range, or nothing is left to train on.
+    """
+    if len(set(names)) != len(names):
+        twice = sorted({name for name in names if list(names).count(name) > 1})
+        raise InputError("key data.runs", "each run once", f"{', '.join(twice)} twice", "remove the repetition")
+    if train_all:
+        return list(names), []
+    if isinstance(fold_id, int) and not isinstance(fold_id, bool):
+        if not 0 <= fold_id < len(names):
+            raise InputError(
+                "key data.fold_id",
+                f"0 to {len(names) - 1} ({', '.join(names)})",
+                str(fold_id),
+                "choose one of these positions, or a run's name",
+            )
+        held_out = [names[fold_id]]
+    else:
+        held_out = [fold_id] if isinstance(fold_id, str) else list(fold_id)
+    for name in held_out:
+        if name not in names:
+            hint = did_you_mean(str(name), names)
+            raise InputError("key data.fold_id", f"one of {', '.join(names)}", f"{name!r}{hint}", "correct the name")
+    trained = [name for name in names if name not in held_out]
+    if not trained:
+        raise InputError(
+            "key data.fold_id", "a run left to train on", f"all of {', '.join(names)} held out", "hold out fewer"
+        )
+    return trained, held_out
+
+
+class TomogramDataModule(L.LightningDataModule):
+    """Memory-mapped volumes and their targets, split by fold; opening them reads next to nothing.
+
+    Parameters
+    ----------
+    volumes_dir, heatmaps_dir
+        What 01 and 02 wrote: ``<volumes_dir>/<run>/`` and ``<heatmaps_dir>/<run>.zarr``.
+    train_runs, held_out_runs
+        Names.
+    particles
+        What the network is to find; must be what 02 was made for.
+    """
+
+    def __init__(
+        self,
+        volumes_dir: Path,
+        heatmaps_dir: Path,
+        train_runs: Sequence[str],
+        held_out_runs: Sequence[str],
+        particles: ParticleSet,
+        tile_shape: Shape3D,
+        sampling: Sampling,
+        augmentation: Augmentation,
+        normalization: Normalization = "volume",
+        batch_size: int = 32,
+        num_workers: int = 0,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        if batch_size < 1:
+            raise InputError("key data.batch_size", "at least 1", str(batch_size), "raise it")
+        if num_workers < 0:
+            raise InputError("key data.num_workers", "at least 0", str(num_workers), "raise it")
+        self.batch_size, self.num_workers, self.seed = batch_size, num_workers, seed
+
+        def open_runs(names: Sequence[str]) -> list[tuple[Volume, HeatmapTarget]]:
+            return [
+                (
+                    open_volume(volumes_dir / name, normalization),
+                    check_target(open_target(heatmaps_dir / f"{name}.zarr"), particles, heatmaps_dir / f"{name}.zarr"),
+                )
+                for name in names
+            ]
+
+        train, self.held_out = open_runs(train_runs), open_runs(held_out_runs)
+        for volume, target in (*train, *self.held_out):
+            if volume.data.shape != target.shape:
+                raise InputError(
+                    f"run {target.run}",
+                    f"heatmaps of the volume's shape {volume.data.shape}",
+                    f"{target.shape}",
+                    "run 02_create_mask.py again",
+                )
+        self.voxel_spacing = train[0][0].voxel_spacing
+        for volume, target in (*train, *self.held_out):
+            ratio = max(max(a / b, b / a) for a, b in zip(volume.voxel_spacing, self.voxel_spacing, strict=True))
+            if ratio > 1.05:
+                raise InputError(
+                    f"run {target.run}",
+                    f"the voxel spacing of the other runs, {self.voxel_spacing} angstrom",
+                    f"{volume.voxel_spacing}",
+                    "bring the tomograms to one spacing",
+                )
+        self.dataset = TileDataset(
+            [volume for volume, _ in train], [target for _, target in train], tile_shape, sampling, augmentation, seed
+        )
+
+    def train_dataloader(self) -> DataLoader:
+        """Return the loader of ``(B, 1, D, H, W)`` images and ``(B, C, D, H, W)`` heatmaps."""
+        world_size = self.trainer.world_size if self.trainer else 1
+        rank = self.trainer.global_rank if self.trainer else 0
+        return DataLoader(
+            self.dataset,
+            batch_size=self.batch_size,
+            sampler=EpochSampler(len(self.dataset), self.seed, rank, world_size),
+            num_workers=self.num_workers,
+            persistent_workers=self.num_workers > 0,
+            pin_memory=self.trainer is not None and self.trainer.accelerator.__class__.__name__ == "CUDAAccelerator",
+            drop_last=len(self.dataset) // world_size >= self.batch_size,
+        )
+
+    def val_dataloader(self) -> DataLoader | list:
+        """Return a loader of positions in ``held_out``, one whole tomogram each, dealt out to the processes."""
+        world_size = self.trainer.world_size if self.trainer else 1
+        rank = self.trainer.global_rank if self.trainer else 0
+        mine = range(len(self.held_out))[rank::world_size]
+        return DataLoader(list(mine), batch_size=None) if self.held_out else []
+
+
+def check_target(target: HeatmapTarget, particles: ParticleSet, where: Path) -> HeatmapTarget:
+    """Return the target if 02 made it for these particles; raise `InputError` otherwise."""
+    if target.particles.names != particles.names:
+        raise InputError(
+            where,
+            f"heatmaps of the {len(particles)} classes asked for (model.class_num): {', '.join(particles.names)}",
+            f"{len(target.particles)}: {', '.join(target.particles.names)}",
+            f"run 02_create_mask.py class_num={len(particles)}, or change model.class_num",
+        )
+    return target

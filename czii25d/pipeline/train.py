@@ -1,0 +1,295 @@
+"""Train one fold."""
+
+from __future__ import annotations
+
+import inspect
+import logging
+import netrc
+import os
+import shutil
+import sys
+import warnings
+from functools import partial
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint, RichProgressBar
+from lightning.pytorch.loggers import Logger, WandbLogger
+from omegaconf import DictConfig, OmegaConf
+from timm.optim import create_optimizer_v2, list_optimizers
+from timm.scheduler import create_scheduler_v2
+from torch import nn
+
+from czii25d.data.augment import Augmentation
+from czii25d.data.datamodule import TomogramDataModule, split_runs
+from czii25d.data.dataset import Sampling
+from czii25d.errors import InputError, did_you_mean
+from czii25d.files import write_aside
+from czii25d.geometry import Shape3D
+from czii25d.inference import InferenceOptions
+from czii25d.losses import Mixer, create_loss
+from czii25d.models import create_model
+from czii25d.models.checkpoint import ModelCard, load_checkpoint
+from czii25d.particles import ParticleSet
+from czii25d.pipeline.predict import inference_options
+from czii25d.training.callbacks import EpochLog, StopWhenNotFinite
+from czii25d.training.module import HeatmapModule
+
+logger = logging.getLogger(__name__)
+
+NOT_FOR_THE_CONSTRUCTOR = ("ema", "ema_decay", "ema_warmup", "freeze_backbone_epochs", "resume_path")
+MAY_CHANGE_ON_RESUME = ("resume", "paths", "wandb", "trainer", "infer", "hydra", "data.num_workers")
+SCHEDULES = ("cosine", "tanh", "step", "poly")
+
+
+def train(cfg: DictConfig) -> dict[str, float]:
+    """Train one fold, or on every run, and return the last metrics.
+
+    Leaves ``best.ckpt`` (highest weighted F4 of the held-out runs), ``last.ckpt``, ``config.yaml`` and
+    ``metrics.csv`` in ``<paths.saved_models>/<wandb.name>/``.
+    """
+    folder = Path(cfg.paths.saved_models) / cfg.wandb.name
+    checkpoint = find_checkpoint(cfg, folder)
+    L.seed_everything(cfg.seed, workers=True, verbose=False)
+    particles = ParticleSet.from_config(OmegaConf.to_container(cfg.particles)).first(cfg.model.class_num)
+    data = create_data(cfg, particles)
+    trained, held_out = [v.name for v in data.dataset.volumes], [volume.name for volume, _ in data.held_out]
+    module = create_module(cfg, data, particles)
+    logger.info(
+        "%s: training on %s; held out: %s", cfg.wandb.name, ", ".join(trained), ", ".join(held_out) or "none"
+    )
+    trainer = create_trainer(cfg, folder, judged=bool(held_out))
+    if trainer.is_global_zero and not cfg.trainer.fast_dev_run:
+        if cfg.resume is False and folder.exists():  # only now that everything else is known to be right
+            shutil.rmtree(folder)
+        with write_aside(folder / "config.yaml") as config:
+            OmegaConf.save(cfg, config, resolve=True)
+    with warnings.catch_warnings():
+        # Lightning advises on workers and logging intervals; what matters of it is in our keys' comments.
+        warnings.filterwarnings("ignore", module=r"lightning\..*")
+        # A checkpoint may come from elsewhere: never run what it says.
+        safe = {"weights_only": True} if "weights_only" in inspect.signature(trainer.fit).parameters else {}
+        trainer.fit(module, datamodule=data, ckpt_path=checkpoint, **safe)
+    if trainer.interrupted:
+        raise KeyboardInterrupt
+    metrics = {key: float(value) for key, value in trainer.callback_metrics.items()}
+    if "val/fbeta" in metrics and trainer.is_global_zero:
+        best = trainer.checkpoint_callback.best_model_score if trainer.checkpoint_callback else None
+        shown = metrics["val/fbeta"] if best is None else float(best)
+        logger.info("best weighted F4 on the held-out runs: %.4f; checkpoints in %s", shown, folder)
+    return metrics
+
+
+def create_data(cfg: DictConfig, particles: ParticleSet) -> TomogramDataModule:
+    """Open the runs' volumes and targets, split by fold."""
+    volumes = Path(cfg.paths.output) / "volumes" / "train"
+    names = cfg.data.runs
+    if names is None:
+        names = sorted(path.name for path in volumes.glob("[!.]*") if path.is_dir())
+        if not names:
+            raise InputError(volumes, "volumes of the training runs", "none", "run 01_create_dataset.py first")
+    fold_id = cfg.data.fold_id
+    train_runs, held_out = split_runs(
+        list(names), fold_id if isinstance(fold_id, int | str) else list(fold_id), cfg.data.train_all
+    )
+    return TomogramDataModule(
+        volumes,
+        Path(cfg.paths.output) / "heatmaps",
+        train_runs,
+        held_out,
+        particles,
+        nominal_tile(cfg),
+        Sampling(**cfg.data.sampling),
+        Augmentation(**cfg.data.augment),
+        cfg.data.normalization,
+        cfg.data.batch_size,
+        cfg.data.num_workers,
+        cfg.seed,
+    )
+
+
+def nominal_tile(cfg: DictConfig) -> Shape3D:
+    """Return the ``(D, H, W)`` of a training tile."""
+    return (cfg.model.img_depth, cfg.model.img_size, cfg.model.img_size)
+
+
+def create_module(cfg: DictConfig, data: TomogramDataModule, particles: ParticleSet) -> HeatmapModule:
+    """Build network, loss, optimizer, schedule and averaging."""
+    model_kwargs: dict[str, Any] = OmegaConf.to_container(cfg.model)  # type: ignore[assignment]
+    for key in NOT_FOR_THE_CONSTRUCTOR:
+        model_kwargs.pop(key, None)
+    if cfg.model.resume_path:
+        model_kwargs |= {"pretrained": False, "pretrained_path": None}
+    model = create_model(**model_kwargs)
+    if cfg.model.resume_path:
+        weights, _ = load_checkpoint(cfg.model.resume_path, **{k: v for k, v in model_kwargs.items() if "pretrained" not in k})
+        model.load_state_dict(weights.state_dict())
+    card = ModelCard(
+        model={key: value for key, value in model_kwargs.items() if "pretrained" not in key},
+        particles=particles.to_config(),
+        voxel_spacing=data.voxel_spacing,
+        normalization=cfg.data.normalization,
+        offset_voxel=0.0,
+        thresholds=None,
+        nms_radius=None,
+        fold=[target.run for _, target in data.held_out],
+        czii25d_version=version("czii25d"),
+    )
+    return HeatmapModule(
+        model,
+        card,
+        create_loss(cfg.loss.name, cfg.loss.background),
+        Mixer(cfg.loss.mixup, cfg.loss.cutmix, cfg.loss.mix_alpha),
+        optimizer_factory(cfg),
+        partial(create_schedule, cfg),
+        data.held_out,
+        inference_options(cfg.infer, nominal_tile(cfg)),
+        ema_decay=cfg.model.ema_decay if cfg.model.ema else None,
+        ema_warmup=cfg.model.ema_warmup,
+        freeze_backbone_epochs=cfg.model.freeze_backbone_epochs,
+        seed=cfg.seed,
+    )
+
+
+def optimizer_factory(cfg: DictConfig) -> Any:
+    """Return ``module -> optimizer`` for one of timm's optimizers."""
+    name = str(cfg.opt.opt).lower()
+    if name not in list_optimizers():
+        raise InputError(
+            "key opt.opt", "an optimizer of timm", f"'{cfg.opt.opt}'{did_you_mean(name, list_optimizers())}", "choose one"
+        )
+    if cfg.opt.lr <= 0:
+        raise InputError("key opt.lr", "a learning rate above 0", str(cfg.opt.lr), "raise it")
+    return partial(create_optimizer_v2, opt=name, lr=cfg.opt.lr, weight_decay=cfg.opt.weight_decay)
+
+
+def create_schedule(cfg: DictConfig, optimizer: torch.optim.Optimizer, updates_per_epoch: int) -> Any:
+    """Return one of timm's schedules, to be stepped once per optimizer step."""
+    if cfg.scheduler.sched not in SCHEDULES:
+        raise InputError("key scheduler.sched", f"one of {', '.join(SCHEDULES)}", str(cfg.scheduler.sched), "choose one")
+    scheduler, _ = create_scheduler_v2(
+        optimizer,
+        sched=cfg.scheduler.sched,
+        num_epochs=cfg.trainer.max_epochs,
+        warmup_epochs=cfg.scheduler.warmup_epochs,
+        warmup_lr=cfg.scheduler.warmup_lr,
+        min_lr=cfg.scheduler.min_lr,
+        warmup_prefix=False,
+        step_on_epochs=False,
+        updates_per_epoch=updates_per_epoch,
+    )
+    return scheduler
+
+
+def create_trainer(cfg: DictConfig, folder: Path, judged: bool) -> L.Trainer:
+    """Build Lightning's trainer with our callbacks; ``judged`` runs also keep the checkpoint with the highest F4."""
+    arguments: dict[str, Any] = OmegaConf.to_container(cfg.trainer)  # type: ignore[assignment]
+    on_cpu = arguments["accelerator"] == "cpu" or (
+        arguments["accelerator"] == "auto" and not torch.cuda.is_available()
+    )
+    if arguments["accelerator"] in ("gpu", "cuda") and not torch.cuda.is_available():
+        raise InputError("key trainer.accelerator", "a GPU that torch sees", "none", "set trainer.accelerator=cpu")
+    if on_cpu and isinstance(arguments["devices"], list):
+        arguments["devices"] = len(arguments["devices"])  # a CPU has processes, not device numbers
+    if on_cpu and arguments["devices"] == "auto":
+        arguments["devices"] = 1
+    terminal = sys.stderr.isatty() and arguments["enable_progress_bar"]
+    arguments["enable_progress_bar"] = terminal
+    callbacks: list[Callback] = [EpochLog(folder / "metrics.csv"), StopWhenNotFinite()]
+    if terminal:
+        callbacks.append(RichProgressBar())
+    if judged:
+        callbacks.append(
+            ModelCheckpoint(
+                folder, "best", monitor="val/fbeta", mode="max", auto_insert_metric_name=False, enable_version_counter=False
+            )
+        )
+    callbacks.append(
+        ModelCheckpoint(folder, "last", save_on_train_epoch_end=True, enable_version_counter=False)
+    )
+    try:
+        return L.Trainer(
+            **arguments,
+            callbacks=callbacks,
+            logger=create_logger(cfg),
+            enable_model_summary=False,
+            use_distributed_sampler=False,  # EpochSampler and the validation loader deal out the samples themselves
+        )
+    except (TypeError, ValueError) as error:
+        raise InputError("keys trainer.*", "arguments of lightning.Trainer", str(error), "correct them") from None
+
+
+def create_logger(cfg: DictConfig) -> Logger | bool:
+    """Return the wandb logger, or ``False``; never asks for a login."""
+    mode = cfg.wandb.mode
+    if mode == "auto":
+        mode = "online" if is_logged_in_to_wandb() else "disabled"
+    if mode not in ("online", "offline", "disabled"):
+        raise InputError("key wandb.mode", "auto, online, offline or disabled", repr(mode), "choose one")
+    if mode == "disabled":
+        return False
+    if mode == "online" and not is_logged_in_to_wandb():
+        raise InputError("key wandb.mode", "a login for mode online", "none", "run `wandb login`, or set wandb.mode=offline")
+    folder = Path(cfg.paths.output) / "wandb"
+    folder.mkdir(parents=True, exist_ok=True)
+    resolved: Any = OmegaConf.to_container(cfg, resolve=True)
+    return WandbLogger(
+        name=cfg.wandb.name, project=cfg.wandb.project, save_dir=folder, offline=mode == "offline", config=resolved
+    )
+
+
+def is_logged_in_to_wandb() -> bool:
+    """Tell whether a key is at hand, without asking anybody."""
+    if os.environ.get("WANDB_API_KEY"):
+        return True
+    try:
+        host = os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai").split("//")[-1].split("/")[0]
+        return netrc.netrc(os.environ.get("NETRC")).authenticators(host) is not None
+    except (FileNotFoundError, netrc.NetrcParseError):
+        return False
+
+
+def find_checkpoint(cfg: DictConfig, folder: Path) -> str | None:
+    """Return the checkpoint to go on from; refuse one of a training with other settings.
+
+    Raises
+    ------
+    InputError
+        If ``resume`` names no checkpoint, or the folder holds a training with other settings.
+    """
+    if cfg.resume is False:
+        return None
+    path = folder / "last.ckpt" if cfg.resume == "auto" else Path(str(cfg.resume))
+    if not path.is_file():
+        if cfg.resume != "auto":
+            raise InputError("key resume", "auto, false or a checkpoint", str(cfg.resume), "correct the path")
+        return None
+    load_checkpoint(path)  # a readable checkpoint of ours, or one clear line
+    saved = path.with_name("config.yaml")
+    if saved.is_file():
+        changed = changed_keys(OmegaConf.load(saved), cfg)
+        if changed:
+            raise InputError(
+                path.parent,
+                "the settings of the interrupted training",
+                "; ".join(changed),
+                "choose another wandb.name, restore them, or start over with resume=false",
+            )
+    logger.info("going on from %s", path)
+    return str(path)
+
+
+def changed_keys(saved: Any, cfg: DictConfig) -> list[str]:
+    """Return ``key: old -> new`` for every setting that a resumed training must keep."""
+    from czii25d.pipeline.app import leaves
+
+    old = dict(leaves(OmegaConf.to_container(saved, resolve=True)))
+    new = dict(leaves(OmegaConf.to_container(cfg, resolve=True)))
+    return [
+        f"{key}: {old.get(key)} -> {new.get(key)}"
+        for key in dict.fromkeys((*old, *new))
+        if old.get(key) != new.get(key) and not key.startswith(MAY_CHANGE_ON_RESUME)
+    ]

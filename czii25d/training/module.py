@@ -1,0 +1,177 @@
+"""The training step, the averaged network, and a validation that predicts whole tomograms."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import lightning as L
+import pandas as pd
+import torch
+from timm.utils import ModelEmaV3
+from torch import Tensor, nn
+
+from czii25d.data.targets import HeatmapTarget
+from czii25d.data.volumes import Volume
+from czii25d.inference import InferenceOptions, TorchPredictor, pick_volume
+from czii25d.losses import Loss, Mixer
+from czii25d.metrics import evaluate, fit_thresholds
+from czii25d.models.checkpoint import ModelCard
+from czii25d.particles import ParticleSet
+from czii25d.picks import empty_picks
+
+
+class HeatmapModule(L.LightningModule):
+    """Trains a heatmap network; the exponential moving average of its weights is what is judged and saved.
+
+    Its attributes ``model`` and ``model_ema`` give checkpoints the key names of the published ones.
+
+    Parameters
+    ----------
+    model
+        ``(B, 1, D, H, W) -> (B, C, D, H, W)``.
+    card
+        Goes into every checkpoint, with the thresholds of the last validation.
+    loss, mixer
+        See `czii25d.losses`.
+    create_optimizer
+        ``module -> optimizer``.
+    create_scheduler
+        ``(optimizer, updates per epoch) -> timm scheduler`` that is stepped once per optimizer step.
+    held_out
+        Volume and reference target of each validation run.
+    options
+        How whole tomograms are predicted.
+    ema_decay
+        ``None``: no average, the network itself is judged and saved.
+    ema_warmup
+        Raise the decay from 0 (``1 - (1 + step)^(-2/3)``) up to ``ema_decay``, for short trainings.
+    freeze_backbone_epochs
+        Epochs at the start in which the backbone's weights stay.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        card: ModelCard,
+        loss: Loss,
+        mixer: Mixer,
+        create_optimizer: Callable[[nn.Module], torch.optim.Optimizer],
+        create_scheduler: Callable[[torch.optim.Optimizer, int], Any],
+        held_out: Sequence[tuple[Volume, HeatmapTarget]],
+        options: InferenceOptions,
+        ema_decay: float | None = 0.999,
+        ema_warmup: bool = False,
+        freeze_backbone_epochs: int = 0,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        self.model = model
+        self.model_ema = ModelEmaV3(model, decay=ema_decay, use_warmup=ema_warmup) if ema_decay is not None else None
+        self.card, self.loss, self.mixer = card, loss, mixer
+        self.create_optimizer, self.create_scheduler = create_optimizer, create_scheduler
+        self.held_out, self.options = held_out, options
+        self.freeze_backbone_epochs, self.seed = freeze_backbone_epochs, seed
+        self.particles = ParticleSet.from_config(card.particles)
+        self._picks: list[tuple[int, pd.DataFrame]] = []
+        self._averaged_step = 0
+
+    @property
+    def judged_model(self) -> nn.Module:
+        """The network that is validated, saved and shipped."""
+        return self.model if self.model_ema is None else self.model_ema.module
+
+    def forward(self, tiles: Tensor) -> Tensor:
+        """Predict with the network in training, ``(B, 1, D, H, W) -> (B, C, D, H, W)``."""
+        return self.model(tiles)
+
+    def on_train_epoch_start(self) -> None:
+        """Seed what is drawn on the device, so that a resumed epoch repeats; freeze or free the backbone."""
+        torch.manual_seed(hash((self.seed, self.current_epoch, self.global_rank)) % 2**63)
+        backbone = getattr(self.model, "backbone", None)
+        if isinstance(backbone, nn.Module) and self.freeze_backbone_epochs:
+            frozen = self.current_epoch < self.freeze_backbone_epochs
+            backbone.requires_grad_(not frozen)
+            backbone.train(not frozen)
+
+    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+        """Return the loss of a mixed batch."""
+        key = hash((self.seed, self.current_epoch, batch_idx, self.global_rank)) % 2**63
+        generator = torch.Generator().manual_seed(key)
+        image, weighted_targets = self.mixer(*batch, generator)
+        prediction = self.model(image)
+        terms = [weight * self.loss(prediction.float(), target) for weight, target in weighted_targets]
+        loss = torch.stack(terms).sum()
+        self.log("train/loss", loss, on_step=True, on_epoch=True, sync_dist=True, batch_size=len(image))
+        return loss
+
+    def on_train_start(self) -> None:
+        """Count from where a resumed training stands."""
+        self._averaged_step = self.trainer.global_step
+
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """Average the weights once per optimizer step."""
+        if self.model_ema is not None and self.trainer.global_step != self._averaged_step:
+            self._averaged_step = self.trainer.global_step
+            self.model_ema.update(self.model, step=self._averaged_step)
+
+    def configure_optimizers(self) -> dict[str, Any]:
+        """Return optimizer and scheduler, stepped once per optimizer step."""
+        optimizer = self.create_optimizer(self.model)
+        epochs = max(1, self.trainer.max_epochs or 1)
+        updates_per_epoch = max(1, int(self.trainer.estimated_stepping_batches) // epochs)
+        scheduler = self.create_scheduler(optimizer, updates_per_epoch)
+        scheduler.step_update(0)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def lr_scheduler_step(self, scheduler: Any, metric: Any) -> None:
+        """Move timm's scheduler on."""
+        scheduler.step_update(self.trainer.global_step)
+
+    def on_validation_epoch_start(self) -> None:
+        """Forget the picks of the validation before."""
+        self._picks = []
+
+    def validation_step(self, position: int, batch_idx: int) -> None:
+        """Pick one held-out tomogram with the very function that prediction uses."""
+        volume, target = self.held_out[position]
+        predictor = TorchPredictor([self.judged_model.eval()], device=self.device)
+        picks = pick_volume(volume, predictor, self.particles, self.options, offset_voxel=self.card.offset_voxel)
+        self._picks.append((position, picks.assign(run=target.run)))
+
+    def on_validation_epoch_end(self) -> None:
+        """Score the picks of all processes together: once at thresholds fitted on them, once at one for all.
+
+        ``val/fbeta`` is optimistic, its thresholds having seen the tomogram they are judged on; ``val/fbeta_fixed``
+        uses the thresholds of the validation before (0.5 for the first), which have not been fitted to this one's scores.
+        """
+        gathered = self._picks
+        if self.trainer.world_size > 1:
+            shares: list[Any] = [None] * self.trainer.world_size
+            torch.distributed.all_gather_object(shares, self._picks)
+            gathered = [item for share in shares for item in share]
+        if not gathered:
+            return
+        picks = pd.concat([frame for _, frame in sorted(gathered, key=lambda item: item[0])], ignore_index=True)
+        solution = pd.concat([target.picks() for _, target in self.held_out], ignore_index=True)
+        before = self.card.thresholds or dict.fromkeys(self.particles.names, 0.5)
+        thresholds = fit_thresholds(solution, picks, self.particles).thresholds
+        self.card = replace(self.card, thresholds=thresholds)
+        self.table = self._evaluate(solution, picks, thresholds)
+        values = {f"val/fbeta/{name}": self.table.loc[name, "fbeta"] for name in self.particles.names}
+        values["val/fbeta"] = self.table.loc["total", "fbeta"]
+        values["val/fbeta_fixed"] = self._evaluate(solution, picks, before).loc["total", "fbeta"]
+        self.log_dict({key: float(value) for key, value in values.items()}, rank_zero_only=False)
+
+    def _evaluate(self, solution: pd.DataFrame, picks: pd.DataFrame, thresholds: dict[str, float]) -> pd.DataFrame:
+        kept = picks[picks["score"].to_numpy() >= picks["particle"].map(thresholds).to_numpy(float)]
+        return evaluate(solution, kept if len(kept) else empty_picks(), particles=self.particles)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Add what rebuilds and decodes the network, in plain types that load with ``weights_only``."""
+        checkpoint["czii25d"] = self.card.to_dict()
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Take back the thresholds of the last validation."""
+        self.card = replace(self.card, thresholds=ModelCard.from_dict(checkpoint["czii25d"]).thresholds)

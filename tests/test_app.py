@@ -1,0 +1,69 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from conftest import run_script
+
+from czii25d.pipeline.app import read_comments, translate_flags
+
+
+def test_published_flags_become_overrides() -> None:
+    assert translate_flags(["--mode", "test", "--class_num=5", "a=b", "-m"]) == ["mode=test", "class_num=5", "a=b", "-m"]
+
+
+def test_comments_are_found_by_dotted_key(tmp_path: Path) -> None:
+    path = tmp_path / "a.yaml"
+    path.write_text("one: 1  # first\ntwo:  # group\n  three: x  # inner\n  four: 4\nfive: 5 # last\n")
+    assert read_comments(path) == {"one": "first", "two": "group", "two.three": "inner", "five": "last"}
+
+
+SCRIPTS = [
+    "00_make_phantom.py",
+    "01_create_dataset.py",
+    "02_create_mask.py",
+    "03_create_solution.py",
+    "11_train.py",
+    "21_predict.py",
+    "22_score.py",
+]
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_help_explains_every_key(script: str, tmp_path: Path) -> None:
+    shown = run_script(script, "--help", cwd=tmp_path).stdout
+    lines = shown.splitlines()
+    start = next(i for i, line in enumerate(lines) if line.startswith("key "))
+    comment_column = lines[start].index("what it is")
+    unexplained = [
+        line.split()[0] for line in lines[start + 1 :] if not line.startswith(" ") and not line[comment_column:].strip()
+    ]
+    assert not unexplained, shown
+    assert not list(tmp_path.iterdir()), "help must not write anything"
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_misspelt_key_is_one_line_with_a_suggestion(script: str, tmp_path: Path) -> None:
+    result = run_script(script, "paths.inptu=x", cwd=tmp_path, check=False)
+    assert result.returncode == 2
+    assert result.stderr.strip().count("\n") == 0, result.stderr
+    assert "error: key paths.inptu" in result.stderr and "paths.input" in result.stderr
+    assert not list(tmp_path.iterdir())
+
+
+def test_text_for_a_number_is_refused(tmp_path: Path) -> None:
+    result = run_script("11_train.py", "opt.lr=fast", cwd=tmp_path, check=False)
+    assert result.returncode == 2
+    assert "error: key opt.lr: expected a number" in result.stderr
+
+
+def test_malformed_override_is_one_line(tmp_path: Path) -> None:
+    result = run_script("11_train.py", "data.fold_id=[1,", cwd=tmp_path, check=False)
+    assert result.returncode == 2
+    assert result.stderr.strip().count("\n") == 0, result.stderr
+
+
+def test_unknown_group_names_the_choices(tmp_path: Path) -> None:
+    result = run_script("11_train.py", "model=smal", cwd=tmp_path, check=False)
+    assert result.returncode == 2
+    assert "small" in result.stderr and result.stderr.strip().count("\n") == 0

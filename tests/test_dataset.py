@@ -1,0 +1,170 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from czii25d.data.augment import Augmentation
+from czii25d.data.datamodule import TomogramDataModule, split_runs
+from czii25d.data.dataset import EpochSampler, Sampling, TileDataset
+from czii25d.data.targets import HeatmapTarget, open_target
+from czii25d.data.volumes import open_volume
+from czii25d.errors import InputError
+from czii25d.particles import load_particles
+
+TILE = (8, 24, 20)
+OFF = Augmentation(rotate_prob=0, flip_x_prob=0, contrast_prob=0)
+RUNS = ("TS_5_4", "TS_69_2", "TS_6_4")
+
+
+@pytest.fixture
+def opened(prepared_dir: Path):
+    output = prepared_dir / "output"
+    volumes = [open_volume(output / "volumes/train" / run) for run in RUNS]
+    targets = [open_target(output / f"heatmaps/{run}.zarr") for run in RUNS]
+    return volumes, targets
+
+
+def test_an_item_is_the_volume_and_the_heatmap_of_the_same_place(opened) -> None:
+    volumes, targets = opened
+    dataset = TileDataset(volumes, targets, TILE, Sampling("balanced", particle_prob=1.0), OFF)
+    whole = [target.render((0, 0, 0), target.shape) for target in targets]
+    seen = 0
+    for key in range(12):
+        image, heatmap = (part.numpy() for part in dataset[key])
+        assert image.shape == (1, *TILE) and heatmap.shape == (6, *TILE)
+        hits = [
+            (run, start)
+            for run, volume in enumerate(volumes)
+            for start in np.argwhere(np.isclose(np.asarray(volume.data[:-7, :-23, :-19], np.float32), image[0, 0, 0, 0]))
+            if np.allclose(volume.crop(tuple(int(i) for i in start), TILE), image[0])
+        ]
+        assert len(hits) == 1
+        run, (z, y, x) = hits[0]
+        np.testing.assert_allclose(heatmap, whole[run][:, z : z + 8, y : y + 24, x : x + 20], atol=1e-6)
+        seen += heatmap.max() > 0.5
+    assert seen > 6
+
+
+def test_a_turned_tile_shows_its_particles_where_the_heatmap_says(opened) -> None:
+    """Planted blobs are dark: over many poses, the image is darkest where the heatmap peaks."""
+    volumes, targets = opened
+    augmentation = Augmentation(rotate_prob=1.0, scale_range=0.2, flip_x_prob=0.5, flip_z_prob=0.5, contrast_prob=0)
+    dataset = TileDataset(volumes, targets, TILE, Sampling("balanced", particle_prob=1.0), augmentation)
+    at_peaks, elsewhere = [], []
+    for key in range(40):
+        image, heatmap = (part.numpy() for part in dataset[key])
+        mask = heatmap.max(0) > 0.8
+        at_peaks.append(image[0][mask])
+        elsewhere.append(image[0][heatmap.max(0) < 0.05])
+    assert np.concatenate(at_peaks).mean() < np.concatenate(elsewhere).mean() - 1.5
+
+
+def test_items_depend_on_seed_epoch_and_index_alone(opened) -> None:
+    volumes, targets = opened
+    make = lambda seed: TileDataset(volumes, targets, TILE, Sampling("grid"), Augmentation(), seed)  # noqa: E731
+    one, same, other = make(1), make(1), make(2)
+    same[0], same[5]  # reading others first changes nothing
+    np.testing.assert_array_equal(one[3][0], same[3][0])
+    assert not np.array_equal(one[3][0], other[3][0])
+    assert not np.array_equal(one[3][0], one[3 + len(one)][0])
+
+
+def test_grid_is_the_published_half_overlapping_one(opened) -> None:
+    volumes, targets = opened
+    dataset = TileDataset(volumes, targets, (16, 24, 20), Sampling("grid"), OFF)
+    # (24, 40, 56) by 16x24x20 with half overlap: 2 x 3 x 5 (the last tiles end flush), for three runs
+    assert len(dataset) == 3 * 2 * 3 * 5
+    assert len(TileDataset(volumes, targets, (16, 24, 20), Sampling("grid", samples_per_epoch=7), OFF)) == 7
+
+
+def test_balanced_sampling_shows_each_class_alike(opened) -> None:
+    volumes, targets = opened
+    dataset = TileDataset(volumes, targets, TILE, Sampling("balanced", particle_prob=1.0), OFF)
+    counts = np.zeros(6)
+    for key in range(240):
+        run, center = dataset._draw_center(key, np.random.default_rng(key))
+        low = np.array(center) - (np.array(TILE) - 1) / 2
+        inside = ((targets[run].centers_zyx_voxel >= low - 0.5) & (targets[run].centers_zyx_voxel < low + TILE)).all(1)
+        counts += np.bincount(targets[run].channels[inside], minlength=6) > 0
+    assert counts.min() > 20, counts
+
+
+def test_volume_without_picks_can_be_trained_on(opened) -> None:
+    volumes, targets = opened
+    empty = HeatmapTarget(
+        **{**vars(targets[0]), "centers_zyx_voxel": np.empty((0, 3)), "channels": np.empty(0, int)}
+    )
+    dataset = TileDataset(volumes[:1], [empty], TILE, Sampling("balanced"), OFF)
+    assert dataset[0][1].abs().sum() == 0
+
+
+def test_processes_share_an_epoch_without_overlap() -> None:
+    shares = []
+    for rank in range(3):
+        sampler = EpochSampler(20, seed=1, rank=rank, world_size=3)
+        sampler.set_epoch(4)
+        share = list(sampler)
+        assert len(share) == len(sampler) == 6
+        shares += share
+    assert len(set(shares)) == 18 and all(80 <= key < 100 for key in shares)
+    sampler = EpochSampler(20, seed=1)
+    first = list(sampler)
+    sampler.set_epoch(1)
+    assert sorted(first) == list(range(20)) != first
+    assert [key - 20 for key in sampler] != first
+
+
+def test_a_fold_is_a_named_run() -> None:
+    assert split_runs(RUNS, 2) == (["TS_5_4", "TS_69_2"], ["TS_6_4"])
+    assert split_runs(RUNS, "TS_69_2") == (["TS_5_4", "TS_6_4"], ["TS_69_2"])
+    assert split_runs(RUNS, ["TS_5_4", "TS_6_4"]) == (["TS_69_2"], ["TS_5_4", "TS_6_4"])
+    assert split_runs(RUNS, 0, train_all=True) == (list(RUNS), [])
+
+
+@pytest.mark.parametrize(
+    ("names", "fold", "message"),
+    [
+        (RUNS, 3, r"fold_id.*0 to 2.*found 3"),
+        (RUNS, -1, r"fold_id.*0 to 2.*found -1"),
+        (RUNS, "TS_6_5", r"TS_6_5.*did you mean"),
+        (RUNS, list(RUNS), "left to train on"),
+        (("a", "b", "a"), 0, r"data\.runs.*twice"),
+    ],
+)
+def test_impossible_folds_are_refused(names, fold, message) -> None:
+    with pytest.raises(InputError, match=message):
+        split_runs(names, fold)
+
+
+def make_module(prepared_dir: Path, particles=None, **changes) -> TomogramDataModule:
+    output = prepared_dir / "output"
+    arguments = {
+        "train_runs": RUNS[:2],
+        "held_out_runs": RUNS[2:],
+        "particles": particles or load_particles(),
+        "tile_shape": TILE,
+        "sampling": Sampling(),
+        "augmentation": OFF,
+        "batch_size": 4,
+    }
+    return TomogramDataModule(output / "volumes/train", output / "heatmaps", **{**arguments, **changes})
+
+
+def test_loaders_give_batches_and_whole_tomograms(prepared_dir: Path) -> None:
+    data = make_module(prepared_dir)
+    image, heatmap = next(iter(data.train_dataloader()))
+    assert image.shape == (4, 1, *TILE) and heatmap.shape == (4, 6, *TILE)
+    assert list(data.val_dataloader()) == [0]
+    assert data.held_out[0][1].run == "TS_6_4"
+
+
+def test_class_count_that_differs_from_02_is_refused(prepared_dir: Path) -> None:
+    with pytest.raises(InputError, match=r"class_num=5"):
+        make_module(prepared_dir, particles=load_particles().first(5))
+
+
+def test_missing_steps_name_the_script(prepared_dir: Path) -> None:
+    with pytest.raises(InputError, match=r"01_create_dataset\.py"):
+        make_module(prepared_dir, train_runs=("TS_nowhere",))
