@@ -1,0 +1,151 @@
+"""Volumes: tomograms as float16 z-scores in one flat file, so that a crop costs next to nothing.
+
+A volume is a folder: ``volume.npy``, ``(D, H, W)`` float16, mean 0 and standard deviation 1, memory-mapped by
+whoever reads it; and ``meta.json``: the tomogram's mean and standard deviation, its voxel spacing, its source.
+float16 is enough: its rounding error, at most 0.001 standard deviations within four of them, is far below a
+tomogram's noise.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import numpy as np
+from numpy.typing import NDArray
+
+from czii25d.errors import InputError
+from czii25d.files import write_aside
+from czii25d.geometry import Shape3D, Spacing3D
+
+Normalization = Literal["volume", "global"]
+FORMAT_VERSION = 1
+# Mean and standard deviation of the competition's denoised tomograms, as the 4th place states them.
+GLOBAL_MEAN, GLOBAL_STD = 5.2577832e-08, 7.199929e-06
+_CURE = "run 01_create_dataset.py again"
+
+
+@dataclass(frozen=True)
+class Volume:
+    """A memory-mapped volume.
+
+    Parameters
+    ----------
+    folder
+        Where it lies; its name is the run's.
+    data
+        ``(D, H, W)`` float16 z-scores, memory-mapped.
+    mean, std
+        Of the tomogram.
+    voxel_spacing
+        Angstrom per voxel along z, y, x.
+    normalization
+        ``"volume"``: crops are z-scores of this volume. ``"global"``: of the competition's tomograms.
+    """
+
+    folder: Path
+    data: NDArray[np.float16]
+    mean: float
+    std: float
+    voxel_spacing: Spacing3D
+    normalization: Normalization = "volume"
+
+    @property
+    def name(self) -> str:
+        """The run's name."""
+        return self.folder.name
+
+    def crop(self, start_zyx: Shape3D, shape: Shape3D) -> NDArray[np.float32]:
+        """Return a normalised copy of a box, float32; the box must lie inside the volume."""
+        stop = tuple(start + side for start, side in zip(start_zyx, shape, strict=True))
+        if min(start_zyx) < 0 or any(end > side for end, side in zip(stop, self.data.shape, strict=True)):
+            raise ValueError(f"the box {start_zyx} to {stop} is not inside the volume {self.data.shape}")
+        crop = self.data[tuple(slice(a, b) for a, b in zip(start_zyx, stop, strict=True))].astype(np.float32)
+        if self.normalization == "global":
+            crop *= np.float32(self.std / GLOBAL_STD)
+            crop += np.float32((self.mean - GLOBAL_MEAN) / GLOBAL_STD)
+        return crop
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Send the path, not the voxels, to other processes."""
+        return open_volume, (self.folder, self.normalization)
+
+
+def write_volume(
+    folder: Path | str, volume: NDArray[np.float32], voxel_spacing: Spacing3D, source: dict[str, Any]
+) -> dict[str, Any]:
+    """Write a volume, slice by slice, and return its metadata.
+
+    Parameters
+    ----------
+    volume
+        ``(D, H, W)``, finite and not constant (see `read_volume`).
+    source
+        Where it came from; kept as it is, to tell whether the volume is up to date.
+    """
+    means = np.array([plane.mean(dtype=np.float64) for plane in volume])
+    variances = np.array([plane.var(dtype=np.float64) for plane in volume])
+    mean, std = means.mean(), np.sqrt(variances.mean() + means.var())  # planes are equally large
+    meta = {
+        "format_version": FORMAT_VERSION,
+        "shape": list(volume.shape),
+        "voxel_spacing": list(voxel_spacing),
+        "mean": float(mean),
+        "std": float(std),
+        "source": source,
+    }
+    with write_aside(folder) as partial:
+        partial.mkdir()
+        with (partial / "volume.npy").open("wb") as file:
+            header = {"descr": "<f2", "fortran_order": False, "shape": volume.shape}
+            np.lib.format.write_array_header_1_0(file, header)
+            for plane in volume:
+                file.write(((plane - np.float32(mean)) * np.float32(1 / std)).astype("<f2").data)
+        (partial / "meta.json").write_text(json.dumps(meta, indent=2))
+    return meta
+
+
+def read_meta(folder: Path | str) -> dict[str, Any]:
+    """Return a volume's metadata; `InputError` if they are missing or not of this format."""
+    path = Path(folder) / "meta.json"
+    try:
+        meta = json.loads(path.read_text())
+    except FileNotFoundError:
+        raise InputError(folder, "a volume", "none", "run 01_create_dataset.py first") from None
+    except ValueError as error:
+        raise InputError(path, "a volume's metadata", f"malformed JSON ({error})", _CURE) from None
+    if not isinstance(meta, dict) or meta.get("format_version") != FORMAT_VERSION:
+        found = str(meta.get("format_version")) if isinstance(meta, dict) else "none"
+        raise InputError(path, f"format version {FORMAT_VERSION}", found, _CURE)
+    return meta
+
+
+def open_volume(folder: Path | str, normalization: Normalization = "volume") -> Volume:
+    """Open what 01 wrote for a run; nothing is read but the metadata.
+
+    Raises
+    ------
+    InputError
+        If there is no volume, it is damaged, or ``normalization`` is unknown.
+    """
+    folder = Path(folder)
+    if normalization not in get_args(Normalization):
+        raise InputError(
+            "normalization", " or ".join(get_args(Normalization)), repr(normalization), "choose one"
+        )
+    meta = read_meta(folder)
+    try:
+        data = np.load(folder / "volume.npy", mmap_mode="r")
+        mean, std = float(meta["mean"]), float(meta["std"])
+        z, y, x = (float(side) for side in meta["voxel_spacing"])
+    except (OSError, ValueError, EOFError, KeyError, TypeError) as error:
+        raise InputError(
+            folder, "a volume and its metadata", f"{type(error).__name__}: {error}", _CURE
+        ) from None
+    if data.dtype != np.float16 or list(data.shape) != meta.get("shape"):
+        raise InputError(
+            folder / "volume.npy", f"{meta.get('shape')} of float16", f"{data.shape} of {data.dtype}", _CURE
+        )
+    return Volume(folder, data, mean, std, (z, y, x), normalization)
