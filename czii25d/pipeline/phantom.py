@@ -114,9 +114,7 @@ def claim_folder(root: Path, settings: dict[str, Any]) -> None:
     cure = "choose another folder (paths.input=...) or remove this one"
     if root.exists() and not root.is_dir():
         raise InputError(root, "a folder", "a file", cure)
-    content = [
-        path for path in root.glob("[!.]*") if path != marker
-    ]  # a killed process may leave hidden partials
+    content = [path for path in root.glob("[!.]*") if path != marker]  # hidden: partials of a killed process
     if content and not marker.exists():
         raise InputError(root, "a new or empty folder for simulated data", f"{content[0].name} in it", cure)
     if content:
