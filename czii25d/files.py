@@ -27,13 +27,14 @@ def write_aside(path: Path | str) -> Iterator[Path]:
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial")
+    partial, old = path.with_name(f".{path.name}.partial"), path.with_name(f".{path.name}.old")
     _remove(partial)
+    if old.exists() and not path.exists():  # killed between the two renames below
+        old.rename(path)
+    _remove(old)
     try:
         yield partial
-        if path.is_dir():  # a folder cannot be renamed over another
-            old = path.with_name(f".{path.name}.old")
-            _remove(old)
+        if path.exists() and (path.is_dir() or partial.is_dir()):  # a folder cannot be renamed over another
             path.rename(old)
             partial.rename(path)
             _remove(old)

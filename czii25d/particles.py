@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cache
@@ -37,13 +38,22 @@ class Particle:
 
     def __post_init__(self) -> None:
         if not self.name or not isinstance(self.name, str):
-            raise InputError("particles", "a name for each particle", repr(self.name), "name it as its pick file")
+            raise InputError(
+                "particles", "a name for each particle", repr(self.name), "name it as its pick file"
+            )
         if not (math.isfinite(self.radius) and self.radius > 0):
             raise InputError(
-                f"particle {self.name}", "a radius above 0 angstrom", repr(self.radius), "set it to the particle's"
+                f"particle {self.name}",
+                "a radius above 0 angstrom",
+                repr(self.radius),
+                "set it to the particle's",
             )
         if not (math.isfinite(self.weight) and self.weight >= 0):
             raise InputError(f"particle {self.name}", "a weight of at least 0", repr(self.weight), "raise it")
+        if not re.fullmatch(r"#[0-9A-Fa-f]{6}", str(self.color)):
+            raise InputError(
+                f"particle {self.name}", "a color like '#0072B2'", repr(self.color), "correct it"
+            )
 
 
 class ParticleSet(Sequence[Particle]):
@@ -103,12 +113,15 @@ class ParticleSet(Sequence[Particle]):
         return self.names.index(name)
 
     def first(self, class_num: int | None) -> ParticleSet:
-        """Return the first ``class_num`` particles (all for ``None``), as the published ``class_num`` does."""
+        """Return the first ``class_num`` particles, as the published key does; all for ``None``."""
         if class_num is None:
             return self
         if not 1 <= class_num <= len(self):
             raise InputError(
-                "class_num", f"1 to {len(self)} ({', '.join(self.names)})", str(class_num), "lower it or add particles"
+                "class_num",
+                f"1 to {len(self)} ({', '.join(self.names)})",
+                str(class_num),
+                "lower it or add particles",
             )
         return self[:class_num]
 
@@ -121,13 +134,16 @@ class ParticleSet(Sequence[Particle]):
 
     @classmethod
     def from_config(cls, table: Mapping[str, Mapping[str, Any]], where: object = "particles") -> ParticleSet:
-        """Build a set from fields by name (``{"ribosome": {"radius": 150.0}}``); ``where`` names their origin."""
+        """Build a set from fields by name, ``{"ribosome": {"radius": 150.0}}``; ``where`` is their origin."""
         particles = []
         for name, fields in table.items():
             known = ("radius", "weight", "color")
             if not isinstance(fields, Mapping) or set(fields) - set(known) or "radius" not in fields:
                 raise InputError(
-                    f"{where}: {name}", f"radius and optionally {known[1:]}", repr(fields), "correct that particle"
+                    f"{where}: {name}",
+                    f"radius and optionally {known[1:]}",
+                    repr(fields),
+                    "correct that particle",
                 )
             try:
                 numbers = {key: float(fields[key]) for key in ("radius", "weight") if key in fields}
