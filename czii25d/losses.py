@@ -51,7 +51,12 @@ def create_loss(name: str, background: float) -> Loss:
         If there is no such loss, or the background weight is negative.
     """
     if name not in LOSSES:
-        raise InputError("key loss.name", f"one of {', '.join(LOSSES)}", f"'{name}'{did_you_mean(name, LOSSES)}", "choose one")
+        raise InputError(
+            "key loss.name",
+            f"one of {', '.join(LOSSES)}",
+            f"'{name}'{did_you_mean(name, LOSSES)}",
+            "choose one",
+        )
     if background < 0:
         raise InputError("key loss.background", "a weight of at least 0", str(background), "raise it")
     loss = LOSSES[name]
@@ -122,6 +127,9 @@ class Mixer:
 def draw_box(shape: torch.Size, fraction: float, generator: torch.Generator) -> tuple[slice, slice, slice]:
     """Draw a box that fills about ``fraction`` of a volume of that shape, anywhere inside it."""
     sides = [max(1, round(side * fraction ** (1 / 3))) for side in shape]
-    starts = [int(torch.randint(size - side + 1, (), generator=generator)) for size, side in zip(shape, sides, strict=True)]
+    starts = [
+        int(torch.randint(size - side + 1, (), generator=generator))
+        for size, side in zip(shape, sides, strict=True)
+    ]
     z, y, x = (slice(start, start + side) for start, side in zip(starts, sides, strict=True))
     return z, y, x

@@ -62,7 +62,10 @@ class Pose:
         return (points_zyx - np.asarray(self.center_zyx)) @ np.linalg.inv(self.matrix).T + middle
 
     def resample(
-        self, crop: Callable[[Shape3D, Shape3D], NDArray[np.float32]], volume_shape: Shape3D, tile_shape: Shape3D
+        self,
+        crop: Callable[[Shape3D, Shape3D], NDArray[np.float32]],
+        volume_shape: Shape3D,
+        tile_shape: Shape3D,
     ) -> NDArray[np.float32]:
         """Read the tile out of a tomogram by linear interpolation; outside it, the mean (0).
 
@@ -78,7 +81,9 @@ class Pose:
         tile
             ``tile_shape``, float32.
         """
-        corners = np.array([(z, y, x) for z in (0, 1) for y in (0, 1) for x in (0, 1)]) * (np.array(tile_shape) - 1)
+        corners = np.array([(z, y, x) for z in (0, 1) for y in (0, 1) for x in (0, 1)]) * (
+            np.array(tile_shape) - 1
+        )
         corners = self.to_tomogram(corners, tile_shape)
         low = np.floor(corners.min(0) + 1e-6).astype(int)
         high = np.ceil(corners.max(0) - 1e-6).astype(int) + 1
@@ -92,7 +97,9 @@ class Pose:
         if self.angle == 0 and self.scale == 1 and box.shape == tuple(tile_shape):
             return np.ascontiguousarray(box[:: -1 if self.flip_z else 1, :, :: -1 if self.flip_x else 1])
         # The pose never mixes z with the plane, so the slices are channels of one 2D resampling ...
-        plane = np.stack(np.meshgrid(*(np.arange(side) for side in tile_shape[1:]), indexing="ij"), -1).reshape(-1, 2)
+        plane = np.stack(
+            np.meshgrid(*(np.arange(side) for side in tile_shape[1:]), indexing="ij"), -1
+        ).reshape(-1, 2)
         points = np.concatenate([np.zeros((len(plane), 1)), plane], 1)
         source_yx = self.to_tomogram(points, tile_shape)[:, 1:] - low[1:]
         sides = np.array(box.shape[1:])
@@ -145,7 +152,9 @@ class Augmentation:
             if field.name in ("scale_range", "contrast_range"):
                 limit = 0.9
             if not isinstance(value, int | float) or not 0 <= value <= limit:
-                raise InputError(f"key data.augment.{field.name}", f"a number in [0, {limit}]", repr(value), "correct it")
+                raise InputError(
+                    f"key data.augment.{field.name}", f"a number in [0, {limit}]", repr(value), "correct it"
+                )
 
     def draw_pose(self, center_zyx: tuple[float, float, float], rng: np.random.Generator) -> Pose:
         """Draw how a tile about that centre lies."""
@@ -160,7 +169,11 @@ class Augmentation:
         change, noise = rng.random(2) < (self.contrast_prob, self.noise_prob)
         if change:
             factor = 1 + rng.uniform(-self.contrast_range, self.contrast_range)
-            tile = tile * np.float32(factor) + np.float32(rng.uniform(-self.brightness_range, self.brightness_range))
+            tile = tile * np.float32(factor) + np.float32(
+                rng.uniform(-self.brightness_range, self.brightness_range)
+            )
         if noise:
-            tile = tile + rng.standard_normal(tile.shape, np.float32) * np.float32(rng.uniform(0, self.noise_range))
+            tile = tile + rng.standard_normal(tile.shape, np.float32) * np.float32(
+                rng.uniform(0, self.noise_range)
+            )
         return tile

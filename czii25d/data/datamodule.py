@@ -38,7 +38,9 @@ def split_runs(
     """
     if len(set(names)) != len(names):
         twice = sorted({name for name in names if list(names).count(name) > 1})
-        raise InputError("key data.runs", "each run once", f"{', '.join(twice)} twice", "remove the repetition")
+        raise InputError(
+            "key data.runs", "each run once", f"{', '.join(twice)} twice", "remove the repetition"
+        )
     if train_all:
         return list(names), []
     if isinstance(fold_id, int) and not isinstance(fold_id, bool):
@@ -55,11 +57,16 @@ def split_runs(
     for name in held_out:
         if name not in names:
             hint = did_you_mean(str(name), names)
-            raise InputError("key data.fold_id", f"one of {', '.join(names)}", f"{name!r}{hint}", "correct the name")
+            raise InputError(
+                "key data.fold_id", f"one of {', '.join(names)}", f"{name!r}{hint}", "correct the name"
+            )
     trained = [name for name in names if name not in held_out]
     if not trained:
         raise InputError(
-            "key data.fold_id", "a run left to train on", f"all of {', '.join(names)} held out", "hold out fewer"
+            "key data.fold_id",
+            "a run left to train on",
+            f"all of {', '.join(names)} held out",
+            "hold out fewer",
         )
     return trained, held_out
 
@@ -103,7 +110,9 @@ class TomogramDataModule(L.LightningDataModule):
             return [
                 (
                     open_volume(volumes_dir / name, normalization),
-                    check_target(open_target(heatmaps_dir / f"{name}.zarr"), particles, heatmaps_dir / f"{name}.zarr"),
+                    check_target(
+                        open_target(heatmaps_dir / f"{name}.zarr"), particles, heatmaps_dir / f"{name}.zarr"
+                    ),
                 )
                 for name in names
             ]
@@ -119,7 +128,9 @@ class TomogramDataModule(L.LightningDataModule):
                 )
         self.voxel_spacing = train[0][0].voxel_spacing
         for volume, target in (*train, *self.held_out):
-            ratio = max(max(a / b, b / a) for a, b in zip(volume.voxel_spacing, self.voxel_spacing, strict=True))
+            ratio = max(
+                max(a / b, b / a) for a, b in zip(volume.voxel_spacing, self.voxel_spacing, strict=True)
+            )
             if ratio > 1.05:
                 raise InputError(
                     f"run {target.run}",
@@ -128,7 +139,12 @@ class TomogramDataModule(L.LightningDataModule):
                     "bring the tomograms to one spacing",
                 )
         self.dataset = TileDataset(
-            [volume for volume, _ in train], [target for _, target in train], tile_shape, sampling, augmentation, seed
+            [volume for volume, _ in train],
+            [target for _, target in train],
+            tile_shape,
+            sampling,
+            augmentation,
+            seed,
         )
 
     def train_dataloader(self) -> DataLoader:
@@ -141,7 +157,8 @@ class TomogramDataModule(L.LightningDataModule):
             sampler=EpochSampler(len(self.dataset), self.seed, rank, world_size),
             num_workers=self.num_workers,
             persistent_workers=self.num_workers > 0,
-            pin_memory=self.trainer is not None and self.trainer.accelerator.__class__.__name__ == "CUDAAccelerator",
+            pin_memory=self.trainer is not None
+            and self.trainer.accelerator.__class__.__name__ == "CUDAAccelerator",
             drop_last=len(self.dataset) // world_size >= self.batch_size,
         )
 

@@ -44,9 +44,13 @@ class Sampling:
         if self.kind not in ("grid", "balanced"):
             raise InputError("key data.sampling.kind", "grid or balanced", repr(self.kind), "choose one")
         if not 0 <= self.particle_prob <= 1:
-            raise InputError("key data.sampling.particle_prob", "a number in [0, 1]", str(self.particle_prob), "correct it")
+            raise InputError(
+                "key data.sampling.particle_prob", "a number in [0, 1]", str(self.particle_prob), "correct it"
+            )
         if self.samples_per_epoch is not None and self.samples_per_epoch < 1:
-            raise InputError("key data.sampling.samples_per_epoch", "at least 1", str(self.samples_per_epoch), "raise it")
+            raise InputError(
+                "key data.sampling.samples_per_epoch", "at least 1", str(self.samples_per_epoch), "raise it"
+            )
 
 
 class TileDataset(Dataset[tuple[Tensor, Tensor]]):
@@ -74,7 +78,12 @@ class TileDataset(Dataset[tuple[Tensor, Tensor]]):
         seed: int = 0,
     ) -> None:
         self.volumes, self.targets = list(volumes), list(targets)
-        self.tile_shape, self.sampling, self.augmentation, self.seed = tile_shape, sampling, augmentation, seed
+        self.tile_shape, self.sampling, self.augmentation, self.seed = (
+            tile_shape,
+            sampling,
+            augmentation,
+            seed,
+        )
         stride = tuple(max(1, side // 2) for side in tile_shape)
         self._grid = [
             (run, start)

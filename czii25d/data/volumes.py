@@ -58,6 +58,12 @@ class Volume:
         """The run's name."""
         return self.folder.name
 
+    @property
+    def shape(self) -> Shape3D:
+        """``(D, H, W)``."""
+        d, h, w = self.data.shape
+        return d, h, w
+
     def crop(self, start_zyx: Shape3D, shape: Shape3D) -> NDArray[np.float32]:
         """Return a normalised copy of a box, float32; the box must lie inside the volume."""
         stop = tuple(start + side for start, side in zip(start_zyx, shape, strict=True))

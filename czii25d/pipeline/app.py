@@ -134,9 +134,13 @@ def explain(error: Exception, config_name: str) -> str:
     text = " ".join(f"{error} {error.__cause__ or ''}".split())
     if match := re.search(r"Could not override '([^']+)'", text) or re.search(r"full_key: (\S+)", text):
         key = match[1]
-        known = [name for name, _ in leaves(OmegaConf.to_container(load_defaults(config_name), resolve=False))]
+        known = [
+            name for name, _ in leaves(OmegaConf.to_container(load_defaults(config_name), resolve=False))
+        ]
         hint = did_you_mean(key, known)
-        return f"key {key}: expected a key of conf/{config_name}.yaml, found none of that name{hint}; see --help"
+        return (
+            f"key {key}: expected a key of conf/{config_name}.yaml, found none of that name{hint}; see --help"
+        )
     return f"{text}; see --help"
 
 
@@ -167,7 +171,9 @@ def print_help(description: str, config_name: str) -> None:
                 comments.setdefault(f"{group}.{key}", comment)
     console = Console(highlight=False)
     console.print(description.strip(), markup=False)
-    console.print("\nOverride a key with key=value; sweep with -m key=a,b; choose another group with group=name:")
+    console.print(
+        "\nOverride a key with key=value; sweep with -m key=a,b; choose another group with group=name:"
+    )
     for folder in sorted(path for path in conf_dir().iterdir() if path.is_dir()):
         names = sorted(path.stem for path in folder.glob("*.yaml"))
         if len(names) > 1 and (folder.name in defaults or folder.name == "experiment"):

@@ -90,7 +90,9 @@ def create_data(cfg: DictConfig, particles: ParticleSet) -> TomogramDataModule:
     if names is None:
         names = sorted(path.name for path in volumes.glob("[!.]*") if path.is_dir())
         if not names:
-            raise InputError(volumes, "volumes of the training runs", "none", "run 01_create_dataset.py first")
+            raise InputError(
+                volumes, "volumes of the training runs", "none", "run 01_create_dataset.py first"
+            )
     fold_id = cfg.data.fold_id
     train_runs, held_out = split_runs(
         list(names), fold_id if isinstance(fold_id, int | str) else list(fold_id), cfg.data.train_all
@@ -125,7 +127,9 @@ def create_module(cfg: DictConfig, data: TomogramDataModule, particles: Particle
         model_kwargs |= {"pretrained": False, "pretrained_path": None}
     model = create_model(**model_kwargs)
     if cfg.model.resume_path:
-        weights, _ = load_checkpoint(cfg.model.resume_path, **{k: v for k, v in model_kwargs.items() if "pretrained" not in k})
+        weights, _ = load_checkpoint(
+            cfg.model.resume_path, **{k: v for k, v in model_kwargs.items() if "pretrained" not in k}
+        )
         model.load_state_dict(weights.state_dict())
     card = ModelCard(
         model={key: value for key, value in model_kwargs.items() if "pretrained" not in key},
@@ -159,7 +163,10 @@ def optimizer_factory(cfg: DictConfig) -> Any:
     name = str(cfg.opt.opt).lower()
     if name not in list_optimizers():
         raise InputError(
-            "key opt.opt", "an optimizer of timm", f"'{cfg.opt.opt}'{did_you_mean(name, list_optimizers())}", "choose one"
+            "key opt.opt",
+            "an optimizer of timm",
+            f"'{cfg.opt.opt}'{did_you_mean(name, list_optimizers())}",
+            "choose one",
         )
     if cfg.opt.lr <= 0:
         raise InputError("key opt.lr", "a learning rate above 0", str(cfg.opt.lr), "raise it")
@@ -169,7 +176,9 @@ def optimizer_factory(cfg: DictConfig) -> Any:
 def create_schedule(cfg: DictConfig, optimizer: torch.optim.Optimizer, updates_per_epoch: int) -> Any:
     """Return one of timm's schedules, to be stepped once per optimizer step."""
     if cfg.scheduler.sched not in SCHEDULES:
-        raise InputError("key scheduler.sched", f"one of {', '.join(SCHEDULES)}", str(cfg.scheduler.sched), "choose one")
+        raise InputError(
+            "key scheduler.sched", f"one of {', '.join(SCHEDULES)}", str(cfg.scheduler.sched), "choose one"
+        )
     scheduler, _ = create_scheduler_v2(
         optimizer,
         sched=cfg.scheduler.sched,
@@ -191,7 +200,9 @@ def create_trainer(cfg: DictConfig, folder: Path, judged: bool) -> L.Trainer:
         arguments["accelerator"] == "auto" and not torch.cuda.is_available()
     )
     if arguments["accelerator"] in ("gpu", "cuda") and not torch.cuda.is_available():
-        raise InputError("key trainer.accelerator", "a GPU that torch sees", "none", "set trainer.accelerator=cpu")
+        raise InputError(
+            "key trainer.accelerator", "a GPU that torch sees", "none", "set trainer.accelerator=cpu"
+        )
     if on_cpu and isinstance(arguments["devices"], list):
         arguments["devices"] = len(arguments["devices"])  # a CPU has processes, not device numbers
     if on_cpu and arguments["devices"] == "auto":
@@ -204,7 +215,12 @@ def create_trainer(cfg: DictConfig, folder: Path, judged: bool) -> L.Trainer:
     if judged:
         callbacks.append(
             ModelCheckpoint(
-                folder, "best", monitor="val/fbeta", mode="max", auto_insert_metric_name=False, enable_version_counter=False
+                folder,
+                "best",
+                monitor="val/fbeta",
+                mode="max",
+                auto_insert_metric_name=False,
+                enable_version_counter=False,
             )
         )
     callbacks.append(
@@ -219,7 +235,9 @@ def create_trainer(cfg: DictConfig, folder: Path, judged: bool) -> L.Trainer:
             use_distributed_sampler=False,  # EpochSampler and the validation loader deal out the samples themselves
         )
     except (TypeError, ValueError) as error:
-        raise InputError("keys trainer.*", "arguments of lightning.Trainer", str(error), "correct them") from None
+        raise InputError(
+            "keys trainer.*", "arguments of lightning.Trainer", str(error), "correct them"
+        ) from None
 
 
 def create_logger(cfg: DictConfig) -> Logger | bool:
@@ -232,12 +250,21 @@ def create_logger(cfg: DictConfig) -> Logger | bool:
     if mode == "disabled":
         return False
     if mode == "online" and not is_logged_in_to_wandb():
-        raise InputError("key wandb.mode", "a login for mode online", "none", "run `wandb login`, or set wandb.mode=offline")
+        raise InputError(
+            "key wandb.mode",
+            "a login for mode online",
+            "none",
+            "run `wandb login`, or set wandb.mode=offline",
+        )
     folder = Path(cfg.paths.output) / "wandb"
     folder.mkdir(parents=True, exist_ok=True)
     resolved: Any = OmegaConf.to_container(cfg, resolve=True)
     return WandbLogger(
-        name=cfg.wandb.name, project=cfg.wandb.project, save_dir=folder, offline=mode == "offline", config=resolved
+        name=cfg.wandb.name,
+        project=cfg.wandb.project,
+        save_dir=folder,
+        offline=mode == "offline",
+        config=resolved,
     )
 
 

@@ -11,6 +11,7 @@ from typing import Any
 import lightning as L
 import torch
 
+from czii25d.errors import InputError
 from czii25d.files import write_aside
 
 logger = logging.getLogger(__name__)
@@ -50,7 +51,9 @@ class EpochLog(L.Callback):
         row = {"epoch": trainer.current_epoch, "step": trainer.global_step, "seconds": round(seconds, 2)}
         row |= {key.removesuffix("_epoch"): value for key, value in sorted(values.items())}
         validated = pl_module.trainer.check_val_every_n_epoch
-        if validated and (trainer.current_epoch + 1) % validated:  # callback_metrics still hold the last validation's
+        if (
+            validated and (trainer.current_epoch + 1) % validated
+        ):  # callback_metrics still hold the last validation's
             row = {key: value for key, value in row.items() if not key.startswith("val/")}
         self.rows.append(row)
         if not trainer.is_global_zero:
@@ -64,7 +67,9 @@ class EpochLog(L.Callback):
         left = (now - self._start) / (done - self._first_epoch) * max(0, total - done)
         fbeta = f" · F4 {row['val/fbeta']:.4f} (held out)" if "val/fbeta" in row else ""
         loss = row.get("train/loss", float("nan"))
-        logger.info("epoch %d/%d · loss %.5f%s · %.0f s · %s left", done, total, loss, fbeta, seconds, duration(left))
+        logger.info(
+            "epoch %d/%d · loss %.5f%s · %.0f s · %s left", done, total, loss, fbeta, seconds, duration(left)
+        )
 
 
 class StopWhenNotFinite(L.Callback):
@@ -80,9 +85,11 @@ class StopWhenNotFinite(L.Callback):
         loss = outputs["loss"] if isinstance(outputs, dict) else outputs
         self._count = 0 if bool(torch.isfinite(loss)) else self._count + 1
         if self._count >= self.patience:
-            raise FloatingPointError(
-                f"the loss has not been finite for {self._count} steps, up to step {trainer.global_step}; "
-                "lower opt.lr or set trainer.gradient_clip_val, then resume"
+            raise InputError(
+                f"training, step {trainer.global_step}",
+                "a finite loss",
+                f"none for {self._count} steps",
+                "lower opt.lr or set trainer.gradient_clip_val; the last good checkpoint is kept",
             )
 
 

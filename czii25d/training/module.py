@@ -68,7 +68,9 @@ class HeatmapModule(L.LightningModule):
     ) -> None:
         super().__init__()
         self.model = model
-        self.model_ema = ModelEmaV3(model, decay=ema_decay, use_warmup=ema_warmup) if ema_decay is not None else None
+        self.model_ema = (
+            ModelEmaV3(model, decay=ema_decay, use_warmup=ema_warmup) if ema_decay is not None else None
+        )
         self.card, self.loss, self.mixer = card, loss, mixer
         self.create_optimizer, self.create_scheduler = create_optimizer, create_scheduler
         self.held_out, self.options = held_out, options
@@ -137,7 +139,9 @@ class HeatmapModule(L.LightningModule):
         """Pick one held-out tomogram with the very function that prediction uses."""
         volume, target = self.held_out[position]
         predictor = TorchPredictor([self.judged_model.eval()], device=self.device)
-        picks = pick_volume(volume, predictor, self.particles, self.options, offset_voxel=self.card.offset_voxel)
+        picks = pick_volume(
+            volume, predictor, self.particles, self.options, volume.voxel_spacing, self.card.offset_voxel
+        )
         self._picks.append((position, picks.assign(run=target.run)))
 
     def on_validation_epoch_end(self) -> None:
@@ -153,7 +157,9 @@ class HeatmapModule(L.LightningModule):
             gathered = [item for share in shares for item in share]
         if not gathered:
             return
-        picks = pd.concat([frame for _, frame in sorted(gathered, key=lambda item: item[0])], ignore_index=True)
+        picks = pd.concat(
+            [frame for _, frame in sorted(gathered, key=lambda item: item[0])], ignore_index=True
+        )
         solution = pd.concat([target.picks() for _, target in self.held_out], ignore_index=True)
         before = self.card.thresholds or dict.fromkeys(self.particles.names, 0.5)
         thresholds = fit_thresholds(solution, picks, self.particles).thresholds
@@ -164,7 +170,9 @@ class HeatmapModule(L.LightningModule):
         values["val/fbeta_fixed"] = self._evaluate(solution, picks, before).loc["total", "fbeta"]
         self.log_dict({key: float(value) for key, value in values.items()}, rank_zero_only=False)
 
-    def _evaluate(self, solution: pd.DataFrame, picks: pd.DataFrame, thresholds: dict[str, float]) -> pd.DataFrame:
+    def _evaluate(
+        self, solution: pd.DataFrame, picks: pd.DataFrame, thresholds: dict[str, float]
+    ) -> pd.DataFrame:
         kept = picks[picks["score"].to_numpy() >= picks["particle"].map(thresholds).to_numpy(float)]
         return evaluate(solution, kept if len(kept) else empty_picks(), particles=self.particles)
 

@@ -1,0 +1,265 @@
+"""Training end to end on the miniature project, in this process where possible."""
+
+from __future__ import annotations
+
+import csv
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import hydra
+import numpy as np
+import pytest
+import torch
+import yaml
+from conftest import PROJECT, run_script
+
+from czii25d.errors import InputError
+from czii25d.models.checkpoint import load_checkpoint
+from czii25d.particles import conf_dir
+from czii25d.pipeline.train import changed_keys, is_logged_in_to_wandb, train
+
+TINY = [
+    "model.backbone=test_convnext",
+    "model.pretrained=false",
+    "model.decoder_channels=[16,12,8]",
+    "model.in_channels=3",
+    "model.img_depth=16",
+    "model.img_size=32",
+    "data.batch_size=2",
+    "data.num_workers=0",
+    "data.sampling.samples_per_epoch=4",
+    "trainer.accelerator=cpu",
+    "scheduler.warmup_epochs=1",
+    "wandb.name=tiny",
+    "wandb.mode=disabled",
+]
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::UserWarning:lightning.*"),
+    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore::FutureWarning"),
+    pytest.mark.filterwarnings("ignore:.*:lightning.fabric.utilities.warnings.PossibleUserWarning"),
+    pytest.mark.filterwarnings("ignore::ResourceWarning"),
+]
+
+
+@pytest.fixture
+def work(prepared_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A private working folder with 01 and 02 done."""
+    (tmp_path / "input").symlink_to(prepared_dir / "input")
+    shutil.copytree(prepared_dir / "output", tmp_path / "output")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def compose(*overrides: str):
+    with hydra.initialize_config_dir(str(conf_dir().resolve()), version_base="1.3"):
+        return hydra.compose("train", [*TINY, *overrides])
+
+
+def weights(path: Path) -> dict[str, torch.Tensor]:
+    return torch.load(path, weights_only=True)["state_dict"]
+
+
+def test_one_fold_leaves_what_it_promises(work: Path) -> None:
+    metrics = train(compose("trainer.max_epochs=2", "data.fold_id=TS_6_4"))
+    folder = work / "saved_models/tiny"
+    assert {"best.ckpt", "last.ckpt", "config.yaml", "metrics.csv"} <= {path.name for path in folder.iterdir()}
+    assert 0 <= metrics["val/fbeta"] <= 1
+    assert yaml.safe_load((folder / "config.yaml").read_text())["model"]["backbone"] == "test_convnext"
+    rows = list(csv.DictReader((folder / "metrics.csv").open()))
+    assert [row["epoch"] for row in rows] == ["0", "1"]
+    assert all(float(row["train/loss"]) > 0 and row["val/fbeta"] and row["val/fbeta/ribosome"] for row in rows)
+    net, card = load_checkpoint(folder / "best.ckpt")
+    assert card.fold == ["TS_6_4"] and card.offset_voxel == 0 and set(card.thresholds or {}) == set(card.particles)
+    assert net(torch.zeros(1, 1, 16, 32, 32)).shape == (1, 6, 16, 32, 32)
+
+
+def test_the_average_is_what_is_judged_and_shipped(work: Path) -> None:
+    train(compose("trainer.max_epochs=1", "model.ema_decay=1.0"))  # an average that never moves
+    state = weights(work / "saved_models/tiny/last.ckpt")
+    trained = {k.removeprefix("model."): v for k, v in state.items() if k.startswith("model.")}
+    averaged = {k.removeprefix("model_ema.module."): v for k, v in state.items() if k.startswith("model_ema.module.")}
+    assert trained.keys() == averaged.keys()
+    moved = [k for k in trained if not torch.equal(trained[k], averaged[k])]
+    assert moved
+    shipped = load_checkpoint(work / "saved_models/tiny/last.ckpt")[0].state_dict()
+    assert all(torch.equal(shipped[k], averaged[k]) for k in averaged)
+
+
+def test_the_average_follows_its_definition(work: Path) -> None:
+    """Decay 0 keeps no memory: the average equals the network after every step, the last one included."""
+    train(compose("trainer.max_epochs=1", "model.ema_decay=0.0"))
+    state = weights(work / "saved_models/tiny/last.ckpt")
+    for key, value in state.items():
+        if key.startswith("model.") and value.is_floating_point():
+            torch.testing.assert_close(state["model_ema.module." + key.removeprefix("model.")], value)
+
+
+def test_mixing_freezing_and_other_options_change_the_weights(work: Path) -> None:
+    base = ["trainer.max_epochs=1", "data.train_all=true"]
+
+    def last(*overrides: str) -> dict[str, torch.Tensor]:
+        train(compose(*base, "resume=false", *overrides))
+        return weights(work / "saved_models/tiny/last.ckpt")
+
+    plain = last("loss.mixup=0")
+    again = last("loss.mixup=0")
+    assert all(torch.equal(plain[k], again[k]) for k in plain), "a training repeats exactly"
+    head = "model.segmentation_head.weight"
+    for option in ("loss.mixup=1", "loss.cutmix=1", "loss.name=balanced_mse", "opt.opt=sgd", "scheduler.sched=tanh"):
+        other = last(*([] if option == "loss.mixup=1" else ["loss.mixup=0"]), option)
+        assert not torch.equal(plain[head], other[head]), option
+    start = last("loss.mixup=0", "opt.lr=1e-12")
+    frozen = last("loss.mixup=0", "model.freeze_backbone_epochs=1")
+    backbone = [k for k in plain if k.startswith("model.backbone.") and k.endswith("weight")]
+    torch.testing.assert_close({k: frozen[k] for k in backbone}, {k: start[k] for k in backbone})
+    assert not torch.allclose(frozen[head], start[head])
+    assert not (work / "saved_models/tiny/best.ckpt").exists(), "nothing is held out, so nothing is chosen"
+
+
+def test_interrupted_by_kill_and_resumed_gives_the_same_weights(work: Path) -> None:
+    overrides = [*TINY, "trainer.max_epochs=3", "trainer.deterministic=true"]
+    run_script("11_train.py", *overrides, "wandb.name=undisturbed", cwd=work)
+    process = subprocess.Popen(
+        [sys.executable, str(PROJECT / "11_train.py"), *overrides, "wandb.name=killed"],
+        cwd=work,
+        stderr=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+    )
+    last = work / "saved_models/killed/last.ckpt"
+    deadline = time.monotonic() + 120
+    while not last.exists() and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert process.returncode == -signal.SIGKILL, "it was to be killed in the middle"
+    result = run_script("11_train.py", *overrides, "wandb.name=killed", cwd=work)
+    assert "going on from" in result.stderr
+    one, two = weights(work / "saved_models/undisturbed/last.ckpt"), weights(last)
+    assert all(torch.equal(one[k], two[k]) for k in one)
+    tables = [
+        [{k: v for k, v in row.items() if k != "seconds"} for row in csv.DictReader(path.open())]
+        for path in (work / "saved_models/undisturbed/metrics.csv", work / "saved_models/killed/metrics.csv")
+    ]
+    assert tables[0] == tables[1]
+
+
+def test_resume_with_other_settings_is_refused(work: Path) -> None:
+    train(compose("trainer.max_epochs=1"))
+    with pytest.raises(InputError, match=r"opt\.lr: 0\.001 -> 0\.01.*resume=false"):
+        train(compose("trainer.max_epochs=2", "opt.lr=0.01"))
+    assert changed_keys(compose(), compose("data.num_workers=3", "trainer.max_epochs=9")) == []
+
+
+def test_two_processes_score_like_one(work: Path) -> None:
+    """With an average that never moves, validation sees the same weights however many processes share it."""
+    overrides = [*TINY, "trainer.max_epochs=1", "model.ema_decay=1.0", "data.fold_id=[TS_5_4,TS_6_4]"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    for name, more in {"one": [], "two": ["trainer.devices=2", "trainer.strategy=ddp"]}.items():
+        command = [sys.executable, str(PROJECT / "11_train.py"), *overrides, *more, f"wandb.name={name}"]
+        result = subprocess.run(command, cwd=work, env=environment, capture_output=True, text=True, timeout=300)
+        assert result.returncode == 0, result.stderr
+    scores = [
+        {k: float(v) for k, v in row.items() if k.startswith("val/")}
+        for name in ("one", "two")
+        for row in csv.DictReader((work / f"saved_models/{name}/metrics.csv").open())
+    ]
+    assert scores[0] and scores[0] == scores[1]
+
+
+def test_training_goes_on_from_given_weights(work: Path) -> None:
+    train(compose("trainer.max_epochs=1", "wandb.name=first"))
+    train(compose("trainer.max_epochs=1", "opt.lr=1e-12", "model.resume_path=saved_models/first/last.ckpt"))
+    first = load_checkpoint(work / "saved_models/first/last.ckpt")[0].segmentation_head.weight
+    second = load_checkpoint(work / "saved_models/tiny/last.ckpt")[0].segmentation_head.weight
+    torch.testing.assert_close(first, second)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("data.fold_id=7", r"data\.fold_id.*0 to 2"),
+        ("model.arch=timm3d4", r"arch.*timm3d3"),
+        ("model.backbone=convnext_nanno", r"backbone.*did you mean"),
+        ("opt.opt=AdamV", r"opt\.opt.*did you mean"),
+        ("loss.name=dice", r"loss\.name.*weighted_mse"),
+        ("scheduler.sched=plateau", r"scheduler\.sched.*cosine"),
+        ("model.class_num=5", r"class_num=5"),
+        ("model.class_num=9", r"class_num.*1 to 6"),
+        ("wandb.mode=loud", r"wandb\.mode"),
+        ("resume=nowhere.ckpt", r"resume.*nowhere"),
+        ("paths.output=empty", r"01_create_dataset"),
+        ("+trainer.max_epoch=3", r"trainer.*max_epoch"),
+        ("data.batch_size=0", r"data\.batch_size"),
+        ("data.sampling.kind=random", r"sampling\.kind"),
+        ("data.normalization=minmax", r"normalization"),
+    ],
+)
+def test_bad_settings_are_one_clear_line(work: Path, override: str, message: str) -> None:
+    with pytest.raises(InputError, match=message) as error:
+        train(compose("trainer.max_epochs=1", override))
+    assert "\n" not in str(error.value)
+    assert not (work / "saved_models").exists(), "nothing half-written"
+
+
+def test_published_command_runs_but_for_accelerator_and_precision(work: Path) -> None:
+    """The published overrides, verbatim, compose; on a machine without a GPU only these two change."""
+    published = (
+        "trainer.accelerator=gpu trainer.devices=[0] data.batch_size=32 trainer.precision=16 data.num_workers=8 "
+        "trainer.max_epochs=64 wandb.name=timm3d3_convnext_nano_class6_fold2 opt.lr=1e-3 opt.opt=AdamW "
+        "opt.weight_decay=0 scheduler.min_lr=0 model.img_depth=16 model.img_size=128 model.arch=timm3d3 model.ema=True "
+        "model.ema_decay=0.999 model.in_channels=5 loss.mixup=0.5 model.backbone=convnext_nano.in12k_ft_in1k "
+        "scheduler.warmup_epochs=4 model.class_num=6 trainer.deterministic=warn data.fold_id=2"
+    ).split()
+    if not torch.cuda.is_available():
+        result = run_script("11_train.py", *published, cwd=work, check=False)
+        assert result.returncode == 2 and "trainer.accelerator" in result.stderr
+    smaller = {  # the same keys with values that two cores can bear
+        "trainer.accelerator": "cpu",
+        "trainer.precision": "32",
+        "data.batch_size": "2",
+        "data.num_workers": "1",
+        "trainer.max_epochs": "1",
+        "model.img_size": "32",
+        "model.backbone": "test_convnext",
+    }
+    command = [f"{k}={smaller.get(k, v)}" for k, v in (item.split("=", 1) for item in published)]
+    extra = ["model.pretrained=false", "model.decoder_channels=[16,12,8]", "data.sampling.samples_per_epoch=4"]
+    run_script("11_train.py", *command, *extra, cwd=work)
+    assert (work / "saved_models/timm3d3_convnext_nano_class6_fold2/best.ckpt").is_file()
+
+
+def test_sweep_over_folds(work: Path) -> None:
+    run_script(
+        "11_train.py", "-m", *TINY, "trainer.max_epochs=1", "data.fold_id=0,2", "wandb.name=fold${data.fold_id}", cwd=work
+    )
+    folds = [load_checkpoint(work / f"saved_models/fold{fold}/best.ckpt")[1].fold for fold in (0, 2)]
+    assert folds == [["TS_5_4"], ["TS_6_4"]]
+    assert {path.name for path in work.iterdir()} == {"input", "output", "saved_models"}, "logs stay under output"
+
+
+def test_wandb_works_offline_without_a_prompt(work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    monkeypatch.setenv("NETRC", str(work / "none"))
+    assert not is_logged_in_to_wandb()
+    with pytest.raises(InputError, match=r"wandb login.*offline"):
+        train(compose("wandb.mode=online", "trainer.max_epochs=1"))
+    run_script("11_train.py", *TINY[:-1], "wandb.mode=offline", "trainer.max_epochs=1", cwd=work)
+    assert list((work / "output/wandb").rglob("*.wandb"))
+
+
+def test_loss_that_stays_not_finite_stops_the_training(work: Path) -> None:
+    with pytest.raises(InputError, match=r"step \d+.*finite loss.*opt\.lr"):
+        train(compose("trainer.max_epochs=60", "opt.lr=1e30", "opt.opt=sgd", "data.train_all=true"))
+
+
+def test_learning_lowers_the_loss(work: Path) -> None:
+    train(compose("trainer.max_epochs=6", "data.sampling.kind=balanced", "data.sampling.samples_per_epoch=16", "loss.mixup=0"))
+    losses = [float(row["train/loss"]) for row in csv.DictReader((work / "saved_models/tiny/metrics.csv").open())]
+    assert np.mean(losses[-2:]) < 0.7 * losses[0]
