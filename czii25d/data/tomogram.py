@@ -225,11 +225,11 @@ def read_volume(tomogram: Tomogram, fill_missing_chunks: bool = False) -> NDArra
 def describe_source(tomogram: Tomogram) -> dict[str, Any]:
     """Return what tells this tomogram from another, or from itself before a change; no voxel is read."""
     stored = [
-        file.stat() for file in sorted((tomogram.path / tomogram.array.basename).rglob("*")) if file.is_file()
+        file.stat() for file in sorted((tomogram.path / tomogram.array.path).rglob("*")) if file.is_file()
     ]
     return {
         "tomogram": str(tomogram.path),
-        "array": tomogram.array.basename,
+        "array": tomogram.array.path,
         "shape": list(tomogram.shape),
         "voxel_spacing": list(tomogram.voxel_spacing),
         "bytes": sum(status.st_size for status in stored),
