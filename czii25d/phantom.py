@@ -58,8 +58,8 @@ class Imaging:
         Half of the contrast is left at this wavelength, less at shorter ones.
     """
 
-    noise: float = 0.08
-    drift: float = 0.04
+    noise: float = 0.05
+    drift: float = 0.03
     drift_angstrom: float = 400.0
     wedge_degrees: float = 60.0
     low_cut_angstrom: float = 250.0
