@@ -12,9 +12,7 @@ from czii25d.errors import InputError
 from czii25d.geometry import Shape3D
 
 SIGMA_PER_RADIUS = 0.5  # sigma is the distance within which the competition counts a pick as a hit
-TRUNCATE = (
-    22 / 6
-)  # sigmas; the published patch reaches 22 voxels from its centre at sigma 6. What is cut is < 0.0013
+TRUNCATE = 22 / 6  # sigmas; the published patch reaches 22 voxels from its centre at sigma 6. What is cut is < 0.0013
 
 
 def default_sigma(radius_angstrom: float) -> float:
@@ -92,9 +90,7 @@ def render_heatmap(
         return heatmap
     # All profiles at once, (n, 3, longest), each over its whole reach: no voxel's value depends on the box.
     voxels = first[seen][..., None] + np.arange((stop - first)[seen].max())
-    profiles = np.exp(-0.5 * ((voxels - centers[seen][..., None]) / own_sigma[seen][..., None]) ** 2).astype(
-        np.float32
-    )
+    profiles = np.exp(-0.5 * ((voxels - centers[seen][..., None]) / own_sigma[seen][..., None]) ** 2).astype(np.float32)
     in_profile = np.stack([low - first, high - first], -1)[seen].tolist()
     in_box = np.stack([low - origin_zyx, high - origin_zyx], -1)[seen].tolist()
     for channel, profile, ((z, ze), (y, ye), (x, xe)), ((bz, bze), (by, bye), (bx, bxe)) in zip(

@@ -38,9 +38,7 @@ class Particle:
 
     def __post_init__(self) -> None:
         if not self.name or not isinstance(self.name, str):
-            raise InputError(
-                "particles", "a name for each particle", repr(self.name), "name it as its pick file"
-            )
+            raise InputError("particles", "a name for each particle", repr(self.name), "name it as its pick file")
         if not (math.isfinite(self.radius) and self.radius > 0):
             raise InputError(
                 f"particle {self.name}",
@@ -51,9 +49,7 @@ class Particle:
         if not (math.isfinite(self.weight) and self.weight >= 0):
             raise InputError(f"particle {self.name}", "a weight of at least 0", repr(self.weight), "raise it")
         if not re.fullmatch(r"#[0-9A-Fa-f]{6}", str(self.color)):
-            raise InputError(
-                f"particle {self.name}", "a color like '#0072B2'", repr(self.color), "correct it"
-            )
+            raise InputError(f"particle {self.name}", "a color like '#0072B2'", repr(self.color), "correct it")
 
 
 class ParticleSet(Sequence[Particle]):

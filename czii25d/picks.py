@@ -28,9 +28,7 @@ DECIMALS = {"x": 3, "y": 3, "z": 3, "score": 6}  # a thousandth of an angstrom i
 def empty_picks(scored: bool = False) -> pd.DataFrame:
     """Return a picks frame without rows, its columns of the right types."""
     columns = [*PICK_COLUMNS, "score"] if scored else list(PICK_COLUMNS)
-    return pd.DataFrame(
-        {name: pd.Series(dtype=object if name in COMPETITION_NAMES else float) for name in columns}
-    )
+    return pd.DataFrame({name: pd.Series(dtype=object if name in COMPETITION_NAMES else float) for name in columns})
 
 
 def make_picks(run: str, particle: str, locations_xyz_angstrom: ArrayLike) -> pd.DataFrame:
@@ -89,9 +87,7 @@ def _read_location(point: Any, where: str) -> tuple[float, ...]:
     values = [location.get(axis) if isinstance(location, dict) else None for axis in "xyz"]
     for value in values:
         if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-            raise InputError(
-                where, "a location of three finite numbers x, y, z", f"{values}", "correct that point"
-            )
+            raise InputError(where, "a location of three finite numbers x, y, z", f"{values}", "correct that point")
     return tuple(values)  # type: ignore[arg-type]  # just checked
 
 
@@ -135,9 +131,7 @@ def read_picks_csv(path: Path | str, scored: bool = False) -> pd.DataFrame:
         if (count := list(table.columns).count(name)) != 1:
             wanted = f"column '{COMPETITION_NAMES.get(name, name)}' once"
             hint = did_you_mean(COMPETITION_NAMES.get(name, name), table.columns)
-            raise InputError(
-                path, wanted, f"it {count} times among {list(table.columns)}{hint}", "rename the columns"
-            )
+            raise InputError(path, wanted, f"it {count} times among {list(table.columns)}{hint}", "rename the columns")
     picks = empty_picks(scored)
     for name in columns:
         if name in COMPETITION_NAMES:

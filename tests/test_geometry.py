@@ -31,8 +31,6 @@ def test_no_points_stay_no_points() -> None:
 
 
 @given(points, spacings)
-def test_there_and_back(
-    locations: list[tuple[float, float, float]], spacing: tuple[float, float, float]
-) -> None:
+def test_there_and_back(locations: list[tuple[float, float, float]], spacing: tuple[float, float, float]) -> None:
     back = zyx_voxel_to_xyz_angstrom(xyz_angstrom_to_zyx_voxel(locations, spacing), spacing)
     np.testing.assert_allclose(back, np.reshape(locations, (-1, 3)), rtol=1e-12, atol=1e-12)

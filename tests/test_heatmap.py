@@ -14,9 +14,7 @@ centers_and_channels = st.lists(st.tuples(coordinate, coordinate, coordinate, st
 sigmas = st.lists(st.tuples(*[st.floats(0.3, 8)] * 3), min_size=3, max_size=3)
 
 
-def by_the_formula(
-    centers: np.ndarray, channels: np.ndarray, sigma: np.ndarray, class_num: int
-) -> np.ndarray:
+def by_the_formula(centers: np.ndarray, channels: np.ndarray, sigma: np.ndarray, class_num: int) -> np.ndarray:
     heatmap = np.zeros((class_num, *SHAPE))
     grid = np.stack(np.meshgrid(*map(np.arange, SHAPE), indexing="ij"), -1)
     for center, channel in zip(centers, channels, strict=True):
@@ -61,9 +59,7 @@ def test_value_at_a_voxel_to_the_last_digit() -> None:
     st.tuples(st.integers(1, 16), st.integers(1, 24), st.integers(1, 24)),
     st.sampled_from([np.float32, np.uint8]),
 )
-def test_box_of_the_whole_is_the_box_alone(
-    planted: list, sigma: list, start: tuple, shape: tuple, dtype: type
-) -> None:
+def test_box_of_the_whole_is_the_box_alone(planted: list, sigma: list, start: tuple, shape: tuple, dtype: type) -> None:
     centers, channels = split(planted)
     pad = 6 + 16 + 24
     whole = render_heatmap(

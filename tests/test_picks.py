@@ -41,9 +41,7 @@ def test_csv_there_and_back(scratch: Path, table: list[tuple]) -> None:
     back = read_picks_csv(scratch / "picks.csv", scored=True)
     assert list(back.columns) == [*PICK_COLUMNS, "score"]
     assert back[["run", "particle"]].to_numpy().tolist() == picks[["run", "particle"]].to_numpy().tolist()
-    np.testing.assert_allclose(
-        back[["x", "y", "z"]].to_numpy(float), picks[["x", "y", "z"]].to_numpy(float), atol=1e-3
-    )
+    np.testing.assert_allclose(back[["x", "y", "z"]].to_numpy(float), picks[["x", "y", "z"]].to_numpy(float), atol=1e-3)
     np.testing.assert_allclose(back["score"], picks["score"].astype(float), atol=1e-6)
     assert all(dtype.kind == "f" for dtype in back.dtypes[["x", "y", "z", "score"]])
 
@@ -164,6 +162,4 @@ def test_real_pick_files_agree_with_the_published_table(reference_dir: Path) -> 
     assert len(table) == 1269
     for particle, theirs in table[table["run"] == "TS_5_4"].groupby("particle"):
         ours = read_picks_json(folder / f"{particle}.json", str(particle))
-        np.testing.assert_allclose(
-            np.sort(ours, 0), np.sort(theirs[["x", "y", "z"]].to_numpy(), 0), atol=1e-3
-        )
+        np.testing.assert_allclose(np.sort(ours, 0), np.sort(theirs[["x", "y", "z"]].to_numpy(), 0), atol=1e-3)

@@ -93,9 +93,7 @@ def test_volumes_of_both_splits_and_formats(prepared_dir: Path, input_dir: Path)
         tomogram = input_dir / "train/static/ExperimentRuns" / run / "VoxelSpacing10.000/denoised.zarr"
         raw = zarr.open_group(str(tomogram), mode="r")["0"][...].astype(float)
         np.testing.assert_allclose(volume.data, (raw - raw.mean()) / raw.std(), rtol=1e-3, atol=1e-4)
-        assert volume.mean == pytest.approx(raw.mean(), rel=1e-6) and volume.std == pytest.approx(
-            raw.std(), rel=1e-6
-        )
+        assert volume.mean == pytest.approx(raw.mean(), rel=1e-6) and volume.std == pytest.approx(raw.std(), rel=1e-6)
         assert volume.voxel_spacing == (10.012444196428572, 10.012444196428572, 10.012444537618887)
 
 
@@ -108,9 +106,7 @@ def test_heatmaps_are_of_the_picks(prepared_dir: Path, input_dir: Path) -> None:
         stored = zarr.open_group(str(path), mode="r")["0"][...]
         np.testing.assert_array_equal(stored, quantize(target.render((0, 0, 0), SHAPE)))
         for channel, name in enumerate(load_particles().names):
-            locations = read_picks_json(
-                input_dir / f"train/overlay/ExperimentRuns/{run}/Picks/{name}.json", name
-            )
+            locations = read_picks_json(input_dir / f"train/overlay/ExperimentRuns/{run}/Picks/{name}.json", name)
             for z, y, x in np.rint(locations[:, ::-1] / target.voxel_spacing).astype(int):
                 # at most half a voxel away along each axis, at the narrowest sigma of 3 voxels
                 assert stored[channel, z, y, x] >= 255 * np.exp(-3 * (0.5 / 2.99) ** 2 / 2) - 1
@@ -122,9 +118,7 @@ def test_solution_is_of_the_picks(prepared_dir: Path, input_dir: Path) -> None:
     solution = read_picks_csv(path)
     assert solution["run"].unique().tolist() == RUNS
     for (run, name), ours in solution.groupby(["run", "particle"]):
-        theirs = read_picks_json(
-            input_dir / f"train/overlay/ExperimentRuns/{run}/Picks/{name}.json", str(name)
-        )
+        theirs = read_picks_json(input_dir / f"train/overlay/ExperimentRuns/{run}/Picks/{name}.json", str(name))
         np.testing.assert_allclose(ours[["x", "y", "z"]], theirs, atol=1e-3)
     assert len(solution) == 3 * 9
 
@@ -156,9 +150,7 @@ def test_damaged_volume_is_done_again(prepared: Path) -> None:
     assert file.read_bytes() == whole
 
 
-@pytest.mark.parametrize(
-    "change", ["class_num=5", "heatmap.sigma=6", "heatmap.sigma_angstrom={ribosome: 60}"]
-)
+@pytest.mark.parametrize("change", ["class_num=5", "heatmap.sigma=6", "heatmap.sigma_angstrom={ribosome: 60}"])
 def test_changed_recipe_is_done_again(prepared: Path, change: str) -> None:
     create_mask(configure("create_mask", prepared, change))
     target = open_target(prepared / "output/heatmaps/TS_69_2.zarr")
@@ -229,9 +221,7 @@ def test_kill_and_start_again_is_as_if_nothing_had_happened(work: Path, prepared
     for script, made in (("01_create_dataset.py", "volumes/train"), ("02_create_mask.py", "heatmaps")):
         process = start(script, work)
         deadline = time.monotonic() + 60
-        while (
-            not (work / "output" / made).is_dir() and process.poll() is None and time.monotonic() < deadline
-        ):
+        while not (work / "output" / made).is_dir() and process.poll() is None and time.monotonic() < deadline:
             time.sleep(0.001)
         process.send_signal(signal.SIGKILL)
         process.communicate()

@@ -67,9 +67,7 @@ def test_any_voxel_spacing_is_a_folder_and_several_need_a_choice(root: Path) -> 
     make_run(root, "TS_7", spacing="VoxelSpacing13.480")
     assert find_runs(root, "train")[-2].tomogram.parent.name == "VoxelSpacing13.480"
     (root / "train/static/ExperimentRuns/TS_7/VoxelSpacing6.740/denoised.zarr").mkdir(parents=True)
-    with pytest.raises(
-        InputError, match=r"TS_7: expected one folder.*VoxelSpacing13.480.*voxel_spacing_folder"
-    ):
+    with pytest.raises(InputError, match=r"TS_7: expected one folder.*VoxelSpacing13.480.*voxel_spacing_folder"):
         find_runs(root, "train")
     with pytest.raises(InputError, match=r"TS_5_4: expected one folder VoxelSpacing6\.740"):
         find_runs(root, "train", voxel_spacing_folder="VoxelSpacing6.740")
@@ -84,9 +82,7 @@ def test_other_reconstructions(root: Path) -> None:
 
 
 def test_missing_folders_name_the_layout(root: Path) -> None:
-    with pytest.raises(
-        InputError, match=r"nowhere.*VoxelSpacing<number>/denoised\.zarr.*no such folder.*paths\.input"
-    ):
+    with pytest.raises(InputError, match=r"nowhere.*VoxelSpacing<number>/denoised\.zarr.*no such folder.*paths\.input"):
         find_runs(root / "nowhere", "train")
     (root / "test/static/ExperimentRuns").mkdir(parents=True)
     with pytest.raises(InputError, match=r"at least one run \(test/static.*found none"):

@@ -18,9 +18,7 @@ from czii25d.picks import concat_picks, empty_picks, make_picks
 
 SHAPE = (40, 140, 150)  # more than one chunk along each axis
 SPACING = (13.0, 11.0, 7.0)
-PARTICLES = ParticleSet(
-    [Particle("wide", 90, color="#E69F00"), Particle("absent", 70), Particle("narrow", 30)]
-)
+PARTICLES = ParticleSet([Particle("wide", 90, color="#E69F00"), Particle("absent", 70), Particle("narrow", 30)])
 SIGMA = {"wide": 45.0, "absent": 35.0, "narrow": 15.0}
 WIDE = [(7 * 30.25, 11 * 120.5, 13 * 33.0), (7 * 131.0, 11 * 20.0, 13 * 5.0)]  # x, y, z
 NARROW = [(7 * 127.5, 11 * 127.5, 13 * 31.5)]  # at a corner of eight chunks
@@ -57,11 +55,7 @@ def test_tile_is_the_part_of_the_stored(path: Path, data: st.DataObject) -> None
 def test_peaks_are_where_the_picks_are(path: Path) -> None:
     stored = zarr.open_group(str(path), mode="r")["0"]
     assert stored[0, 5, 20, 131] == 255
-    assert (
-        stored[0, 33, 120, 30]
-        == stored[0, 33, 121, 30]
-        == stored[0].max(initial=0, where=_half(stored.shape[1:]))
-    )
+    assert stored[0, 33, 120, 30] == stored[0, 33, 121, 30] == stored[0].max(initial=0, where=_half(stored.shape[1:]))
     sigma = np.array([15 / 13, 15 / 11, 15 / 7])
     assert stored[2, 31, 127, 127] == round(255 * np.exp(-((0.5 / sigma) ** 2).sum() / 2))
 
@@ -77,9 +71,7 @@ def test_target_holds_all_there_is_to_know(path: Path) -> None:
     assert target.run == "TS_1" and target.particles == PARTICLES
     assert target.voxel_spacing == SPACING and target.shape == SHAPE and target.sigma_angstrom == SIGMA
     assert target.channels.tolist() == [0, 0, 2]
-    np.testing.assert_allclose(
-        target.centers_zyx_voxel, [(33, 120.5, 30.25), (5, 20, 131), (31.5, 127.5, 127.5)]
-    )
+    np.testing.assert_allclose(target.centers_zyx_voxel, [(33, 120.5, 30.25), (5, 20, 131), (31.5, 127.5, 127.5)])
     np.testing.assert_allclose(target.sigma_voxel[2], (15 / 13, 15 / 11, 15 / 7))
     picks = target.picks()
     assert picks["particle"].tolist() == ["wide", "wide", "narrow"] and set(picks["run"]) == {"TS_1"}
@@ -106,9 +98,7 @@ def test_chunks_without_particles_are_not_stored(path: Path) -> None:
 def test_few_particles_few_chunks(tmp_path: Path) -> None:
     picks = make_picks("TS_1", "narrow", [(70.0, 110.0, 65.0)])
     write_heatmap(tmp_path / "a.zarr", make_recipe("TS_1", PARTICLES, picks, SIGMA, SPACING, SHAPE))
-    assert [
-        file.name for file in (tmp_path / "a.zarr/0").rglob("*") if file.name.isdigit() and file.is_file()
-    ] == ["0"]
+    assert [file.name for file in (tmp_path / "a.zarr/0").rglob("*") if file.name.isdigit() and file.is_file()] == ["0"]
     write_heatmap(tmp_path / "b.zarr", make_recipe("TS_1", PARTICLES, empty_picks(), SIGMA, SPACING, SHAPE))
     assert zarr.open_group(str(tmp_path / "b.zarr"), mode="r")["0"][...].max() == 0
     assert len(open_target(tmp_path / "b.zarr").picks()) == 0
@@ -128,9 +118,7 @@ def test_viewers_find_axes_scale_names_and_colours(path: Path) -> None:
     (multiscale,) = attributes["multiscales"]
     assert [axis["name"] for axis in multiscale["axes"]] == list("czyx")
     assert [axis.get("unit") for axis in multiscale["axes"]] == [None, "angstrom", "angstrom", "angstrom"]
-    assert multiscale["datasets"][0]["coordinateTransformations"] == [
-        {"type": "scale", "scale": [1.0, *SPACING]}
-    ]
+    assert multiscale["datasets"][0]["coordinateTransformations"] == [{"type": "scale", "scale": [1.0, *SPACING]}]
     channels = attributes["omero"]["channels"]
     assert [(c["label"], c["color"]) for c in channels] == [
         ("wide", "E69F00"),
@@ -154,9 +142,7 @@ def test_missing_heatmaps_say_run_02_first(tmp_path: Path) -> None:
         open_target(tmp_path / "TS_2.zarr")
 
 
-@pytest.mark.parametrize(
-    "damage", ["no group", "no recipe", "malformed", "other version", "lacks picks", "empty"]
-)
+@pytest.mark.parametrize("damage", ["no group", "no recipe", "malformed", "other version", "lacks picks", "empty"])
 def test_damage_says_run_02_again(path: Path, tmp_path: Path, damage: str) -> None:
     copy = tmp_path / "TS_1.zarr"
     shutil.copytree(path, copy)

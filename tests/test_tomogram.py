@@ -22,9 +22,7 @@ COMPRESSORS = {
 }
 
 
-def multiscales(
-    spacing: Any = SPACING, unit: Any = "angstrom", axes: str = "zyx", levels: int = 1
-) -> list[dict]:
+def multiscales(spacing: Any = SPACING, unit: Any = "angstrom", axes: str = "zyx", levels: int = 1) -> list[dict]:
     scales = [[side * 2**level for side in spacing] if spacing else None for level in range(levels)]
     return [
         {
@@ -66,9 +64,7 @@ def path(tmp_path: Path) -> Path:
     return tmp_path / "TS_5_4" / "VoxelSpacing10.000" / "denoised.zarr"
 
 
-@pytest.mark.parametrize(
-    ("zarr_format", "compressors"), [(f, c) for f in COMPRESSORS for c in COMPRESSORS[f]], ids=str
-)
+@pytest.mark.parametrize(("zarr_format", "compressors"), [(f, c) for f in COMPRESSORS for c in COMPRESSORS[f]], ids=str)
 def test_both_formats_are_read(path: Path, zarr_format: int, compressors: Any) -> None:
     tomogram = open_tomogram(write(path, zarr_format=zarr_format, compressors=compressors))
     assert tomogram.path == path and tomogram.shape == SHAPE
@@ -191,11 +187,7 @@ def chunk_files(path: Path) -> list[Path]:
 
 @pytest.mark.parametrize(
     ("zarr_format", "compressors", "left"),
-    [
-        (f, c, left)
-        for f in COMPRESSORS
-        for c, left in itertools.product(COMPRESSORS[f], ("half", "start", "nothing"))
-    ],
+    [(f, c, left) for f in COMPRESSORS for c, left in itertools.product(COMPRESSORS[f], ("half", "start", "nothing"))],
     ids=str,
 )
 def test_truncated_chunk_is_refused(path: Path, zarr_format: int, compressors: Any, left: str) -> None:
@@ -224,9 +216,7 @@ def test_missing_chunk_is_refused_unless_trusted(path: Path, options: dict) -> N
     tomogram = open_tomogram(write(path, **options))
     before = len(chunk_files(path))
     chunk_files(path)[-1].unlink()
-    with pytest.raises(
-        InputError, match=r"expected \d+ chunks, found \d+; copy the missing ones again"
-    ) as caught:
+    with pytest.raises(InputError, match=r"expected \d+ chunks, found \d+; copy the missing ones again") as caught:
         read_volume(tomogram)
     assert str(path) in str(caught.value)
     volume = read_volume(tomogram, fill_missing_chunks=True)
@@ -250,11 +240,7 @@ def test_constant_is_refused(path: Path) -> None:
 def test_source_tells_a_changed_tomogram(path: Path) -> None:
     first = describe_source(open_tomogram(write(path)))
     assert first == describe_source(open_tomogram(path))
-    assert (
-        first["shape"] == [24, 40, 56]
-        and first["voxel_spacing"] == SPACING
-        and first["tomogram"] == str(path)
-    )
+    assert first["shape"] == [24, 40, 56] and first["voxel_spacing"] == SPACING and first["tomogram"] == str(path)
     assert first != describe_source(open_tomogram(write(path, VOLUME * 2)))
 
 

@@ -30,15 +30,9 @@ def test_what_is_written_is_what_is_opened(folder: Path) -> None:
     assert volume.name == "TS_5_4" and volume.voxel_spacing == SPACING
     assert volume.mean == pytest.approx(RAW.mean(dtype=np.float64), rel=1e-9)
     assert volume.std == pytest.approx(RAW.std(dtype=np.float64), rel=1e-9)
-    assert (
-        isinstance(volume.data, np.memmap) and volume.data.dtype == np.float16 and volume.data.shape == SHAPE
-    )
-    np.testing.assert_allclose(
-        volume.data, (RAW.astype(float) - volume.mean) / volume.std, rtol=1e-3, atol=1e-5
-    )
-    assert abs(volume.data.mean(dtype=float)) < 1e-4 and volume.data.std(dtype=float) == pytest.approx(
-        1, abs=1e-4
-    )
+    assert isinstance(volume.data, np.memmap) and volume.data.dtype == np.float16 and volume.data.shape == SHAPE
+    np.testing.assert_allclose(volume.data, (RAW.astype(float) - volume.mean) / volume.std, rtol=1e-3, atol=1e-5)
+    assert abs(volume.data.mean(dtype=float)) < 1e-4 and volume.data.std(dtype=float) == pytest.approx(1, abs=1e-4)
     assert read_meta(folder)["source"] == {"tomogram": "denoised.zarr"}
     assert sorted(path.name for path in folder.iterdir()) == ["meta.json", "volume.npy"]
 

@@ -110,9 +110,7 @@ def _voxel_spacing_folder(run_folder: Path, layout: str, name: str | None) -> Pa
             f"run {run_folder.name}",
             f"one folder {name or 'VoxelSpacing*'} ({layout})",
             there or "none",
-            "choose one with voxel_spacing_folder"
-            if len(folders) > 1
-            else "add its tomogram or remove the run",
+            "choose one with voxel_spacing_folder" if len(folders) > 1 else "add its tomogram or remove the run",
         )
     return folders[0]
 
@@ -142,9 +140,7 @@ def read_run_picks(run: Run, particles: ParticleSet) -> pd.DataFrame:
         If a pick file is missing or not right.
     """
     if run.picks_dir is None:
-        raise InputError(
-            f"run {run.name}", "a folder of pick files", "none", "add it, or choose a run that has one"
-        )
+        raise InputError(f"run {run.name}", "a folder of pick files", "none", "add it, or choose a run that has one")
     return _read_picks(run.name, run.picks_dir, particles)
 
 

@@ -60,10 +60,7 @@ class HeatmapTarget:
     @property
     def sigma_voxel(self) -> NDArray[np.float64]:
         """``(C, 3)``: of each class along z, y, x."""
-        return (
-            np.array([self.sigma_angstrom[name] for name in self.particles.names])[:, None]
-            / self.voxel_spacing
-        )
+        return np.array([self.sigma_angstrom[name] for name in self.particles.names])[:, None] / self.voxel_spacing
 
     def picks(self) -> pd.DataFrame:
         """Return the particles as a picks frame."""
@@ -71,9 +68,7 @@ class HeatmapTarget:
             make_picks(
                 self.run,
                 name,
-                zyx_voxel_to_xyz_angstrom(
-                    self.centers_zyx_voxel[self.channels == channel], self.voxel_spacing
-                ),
+                zyx_voxel_to_xyz_angstrom(self.centers_zyx_voxel[self.channels == channel], self.voxel_spacing),
             )
             for channel, name in enumerate(self.particles.names)
         )
@@ -103,8 +98,7 @@ def make_recipe(
         "voxel_spacing": list(voxel_spacing),
         "shape": list(shape),
         "picks": {
-            name: picks.loc[picks.particle == name, ["x", "y", "z"]].to_numpy().tolist()
-            for name in particles.names
+            name: picks.loc[picks.particle == name, ["x", "y", "z"]].to_numpy().tolist() for name in particles.names
         },
     }
 
@@ -146,9 +140,7 @@ def write_heatmap(path: Path | str, recipe: Mapping[str, Any]) -> None:
             dtype=np.uint8,
             compressors=Blosc("zstd", clevel=3, shuffle=Blosc.NOSHUFFLE),
             fill_value=0,
-            config={
-                "write_empty_chunks": True
-            },  # Zarr's own test for emptiness takes longer than all the rest
+            config={"write_empty_chunks": True},  # Zarr's own test for emptiness takes longer than all the rest
             chunk_key_encoding={"name": "v2", "separator": "/"},
         )
         buffer = np.empty(chunks, np.uint8)

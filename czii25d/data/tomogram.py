@@ -63,23 +63,17 @@ def open_tomogram(path: Path | str, level: int = 0) -> Tomogram:
     try:
         group = zarr.open_group(str(path), mode="r")
     except Exception as error:  # every store and format fails in its own way
-        raise InputError(
-            path, "an OME-Zarr group", f"{type(error).__name__}: {error}", "copy it again"
-        ) from None
+        raise InputError(path, "an OME-Zarr group", f"{type(error).__name__}: {error}", "copy it again") from None
     attributes = group.attrs.asdict()
     multiscales = attributes.get("multiscales") or _mapping(attributes.get("ome")).get("multiscales")
     if not isinstance(multiscales, list) or not multiscales or not isinstance(multiscales[0], Mapping):
-        raise InputError(
-            path, "OME-Zarr metadata ('multiscales')", "none", "export it as OME-Zarr 0.4 or 0.5"
-        )
+        raise InputError(path, "OME-Zarr metadata ('multiscales')", "none", "export it as OME-Zarr 0.4 or 0.5")
     unit = _read_unit(multiscales[0].get("axes"), path)
     datasets = multiscales[0].get("datasets")
     if not isinstance(datasets, list) or not 0 <= level < len(datasets):
         found = f"{len(datasets)} levels" if isinstance(datasets, list) else "none"
         raise InputError(path, f"resolution level {level}", found, "choose a lower level")
-    spacings = [
-        _read_spacing(multiscales[0], dataset, unit, path) for dataset in (datasets[0], datasets[level])
-    ]
+    spacings = [_read_spacing(multiscales[0], dataset, unit, path) for dataset in (datasets[0], datasets[level])]
     if match := re.fullmatch(r"VoxelSpacing(\d+\.?\d*)", path.parent.name):
         folder = float(match[1])
         if any(abs(spacing / folder - 1) > FOLDER_TOLERANCE for spacing in spacings[0]):
@@ -99,16 +93,9 @@ def open_tomogram(path: Path | str, level: int = 0) -> Tomogram:
             f"{type(error).__name__}: {error}",
             "copy it again",
         ) from None
-    if (
-        not isinstance(array, zarr.Array)
-        or array.ndim != 3
-        or 0 in array.shape
-        or array.dtype.kind not in "iuf"
-    ):
+    if not isinstance(array, zarr.Array) or array.ndim != 3 or 0 in array.shape or array.dtype.kind not in "iuf":
         found = f"{array.shape} of {array.dtype}" if isinstance(array, zarr.Array) else "a group"
-        raise InputError(
-            path / name, "a 3D array of real numbers with at least one voxel", found, "export it again"
-        )
+        raise InputError(path / name, "a 3D array of real numbers with at least one voxel", found, "export it again")
     return Tomogram(path, (array.shape[0], array.shape[1], array.shape[2]), spacings[1], array)
 
 
@@ -151,9 +138,7 @@ def _read_spacing(multiscale: Mapping[str, Any], dataset: Any, unit: float, path
         if _is_triple(translation) and any(
             abs(shift * unit) > 0.51 * side for shift, side in zip(translation, spacing, strict=True)
         ):
-            raise InputError(
-                path, "an origin at 0", f"a translation of {translation}", "export it without translation"
-            )
+            raise InputError(path, "an origin at 0", f"a translation of {translation}", "export it without translation")
     return spacing[0], spacing[1], spacing[2]
 
 
@@ -212,21 +197,15 @@ def read_volume(tomogram: Tomogram, fill_missing_chunks: bool = False) -> NDArra
     low, high = float(volume.min()), float(volume.max())  # NaN wins in both
     if not (math.isfinite(low) and math.isfinite(high)):
         count = int(volume.size - np.isfinite(volume).sum())
-        raise InputError(
-            path, "finite voxels", f"{count} NaN or infinite ones", "reconstruct or copy it again"
-        )
+        raise InputError(path, "finite voxels", f"{count} NaN or infinite ones", "reconstruct or copy it again")
     if low == high:
-        raise InputError(
-            path, "a tomogram with contrast", f"{low} in every voxel", "reconstruct or copy it again"
-        )
+        raise InputError(path, "a tomogram with contrast", f"{low} in every voxel", "reconstruct or copy it again")
     return volume
 
 
 def describe_source(tomogram: Tomogram) -> dict[str, Any]:
     """Return what tells this tomogram from another, or from itself before a change; no voxel is read."""
-    stored = [
-        file.stat() for file in sorted((tomogram.path / tomogram.array.path).rglob("*")) if file.is_file()
-    ]
+    stored = [file.stat() for file in sorted((tomogram.path / tomogram.array.path).rglob("*")) if file.is_file()]
     return {
         "tomogram": str(tomogram.path),
         "array": tomogram.array.path,

@@ -139,18 +139,14 @@ def open_volume(folder: Path | str, normalization: Normalization = "volume") -> 
     """
     folder = Path(folder)
     if normalization not in get_args(Normalization):
-        raise InputError(
-            "normalization", " or ".join(get_args(Normalization)), repr(normalization), "choose one"
-        )
+        raise InputError("normalization", " or ".join(get_args(Normalization)), repr(normalization), "choose one")
     meta = read_meta(folder)
     try:
         data = np.load(folder / "volume.npy", mmap_mode="r")
         mean, std = float(meta["mean"]), float(meta["std"])
         z, y, x = (float(side) for side in meta["voxel_spacing"])
     except (OSError, ValueError, EOFError, KeyError, TypeError) as error:
-        raise InputError(
-            folder, "a volume and its metadata", f"{type(error).__name__}: {error}", _CURE
-        ) from None
+        raise InputError(folder, "a volume and its metadata", f"{type(error).__name__}: {error}", _CURE) from None
     if data.dtype != np.float16 or list(data.shape) != meta.get("shape"):
         raise InputError(
             folder / "volume.npy", f"{meta.get('shape')} of float16", f"{data.shape} of {data.dtype}", _CURE

@@ -34,9 +34,7 @@ def create_dataset(cfg: DictConfig) -> list[Volume]:
     # The hidden test set is often not there: without a choice, take what is.
     splits = [cfg.mode] if cfg.mode else ["train", *(["test"] if (input_dir / "test").is_dir() else [])]
     runs = [
-        run
-        for split in splits
-        for run in find_runs(input_dir, split, cfg.reconstruction, cfg.voxel_spacing_folder)
+        run for split in splits for run in find_runs(input_dir, split, cfg.reconstruction, cfg.voxel_spacing_folder)
     ]
     console = Console(stderr=True)
     rows, volumes = [], []

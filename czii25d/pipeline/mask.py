@@ -48,9 +48,7 @@ def create_mask(cfg: DictConfig) -> list[Path]:
         )
     console = Console(stderr=True)
     # All is checked before the first is written.
-    for path in track(
-        list(recipes), "heatmaps", console=console, transient=True, disable=not console.is_terminal
-    ):
+    for path in track(list(recipes), "heatmaps", console=console, transient=True, disable=not console.is_terminal):
         recipe = recipes[path]
         made = not is_done(path, recipe)
         if made:
@@ -76,8 +74,7 @@ def choose_sigma(
         particles.channel(name)
     side = float(np.mean(voxel_spacing))
     chosen = {
-        particle.name: default_sigma(particle.radius) if sigma is None else sigma * side
-        for particle in particles
+        particle.name: default_sigma(particle.radius) if sigma is None else sigma * side for particle in particles
     } | dict(sigma_angstrom)
     for name, value in chosen.items():
         if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < np.inf:
@@ -93,9 +90,7 @@ def drop_outside(picks: pd.DataFrame, run: str, voxel_spacing: Spacing3D, shape:
     """
     centers = xyz_angstrom_to_zyx_voxel(picks[["x", "y", "z"]], voxel_spacing)
     outside = _outside(centers, shape)
-    extent = " x ".join(
-        f"{side * step:.0f}" for side, step in zip(shape[::-1], voxel_spacing[::-1], strict=True)
-    )
+    extent = " x ".join(f"{side * step:.0f}" for side, step in zip(shape[::-1], voxel_spacing[::-1], strict=True))
     expected = f"picks inside the volume, {extent} angstrom (x, y, z)"
     if outside.sum() > MOST_OUTSIDE * len(picks):
         exchanged = xyz_angstrom_to_zyx_voxel(picks[["z", "y", "x"]], voxel_spacing)
