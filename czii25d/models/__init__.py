@@ -30,12 +30,18 @@ def create_model(arch: str = "timm3d3", **kwargs: Any) -> nn.Module:
     """
     if arch not in ARCHITECTURES:
         raise InputError(
-            "model.arch", f"one of {', '.join(ARCHITECTURES)}", f"'{arch}'{did_you_mean(str(arch), ARCHITECTURES)}", "correct it"
+            "model.arch",
+            f"one of {', '.join(ARCHITECTURES)}",
+            f"'{arch}'{did_you_mean(str(arch), ARCHITECTURES)}",
+            "correct it",
         )
     known = list(inspect.signature(ARCHITECTURES[arch]).parameters)
     for key in kwargs:
         if key not in known:
             raise InputError(
-                f"model.{key}", f"an argument of {arch} ({', '.join(known)})", f"'{key}'{did_you_mean(key, known)}", "correct it"
+                f"model.{key}",
+                f"an argument of {arch} ({', '.join(known)})",
+                f"'{key}'{did_you_mean(key, known)}",
+                "correct it",
             )
     return ARCHITECTURES[arch](**kwargs)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import timm
 import torch
+from huggingface_hub import constants, get_session
 from torch import Tensor, nn
 
 from czii25d.errors import InputError, did_you_mean
@@ -44,33 +47,67 @@ def create_backbone(
     base, _, tag = name.partition(".")
     if not timm.is_model(base):
         raise InputError(
-            "model.backbone", "a model of timm", f"'{name}'{did_you_mean(base, timm.list_models())}", "see timm.list_models()"
+            "model.backbone",
+            "a model of timm",
+            f"'{name}'{did_you_mean(base, timm.list_models())}",
+            "see timm.list_models()",
         )
     if tag and name not in timm.list_pretrained(f"{base}.*"):
         tags = [model.partition(".")[2] for model in timm.list_pretrained(f"{base}.*")]
         raise InputError(
-            "model.backbone", f"one of the tags {', '.join(tags) or '(none)'} after {base}", repr(name), "correct the tag or omit it"
+            "model.backbone",
+            f"one of the tags {', '.join(tags) or '(none)'} after {base}",
+            repr(name),
+            "correct the tag or omit it",
         )
-    kwargs = {"features_only": True, "in_chans": in_channels}
+    kwargs: dict[str, Any] = {"features_only": True, "in_chans": in_channels}
     if drop_path_rate:
         kwargs["drop_path_rate"] = drop_path_rate
     if pretrained_path is not None:
         return _create_from_file(name, Path(pretrained_path), kwargs)
+    if pretrained:
+        return _create_from_hub(name, kwargs)
     try:
-        return timm.create_model(name, pretrained=pretrained, **kwargs)
-    except Exception as error:
-        reason = f"{type(error).__name__}: {error}"[:200]
-        if pretrained:
+        return timm.create_model(name, **kwargs)
+    except Exception as error:  # some of timm's models have no features, or no stochastic depth
+        raise InputError(
+            "model.backbone", f"one that takes {', '.join(kwargs)}", f"{name}: {_reason(error)}", "choose another"
+        ) from error
+
+
+def _reason(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}"[:200]
+
+
+def _create_from_hub(name: str, kwargs: dict[str, Any]) -> nn.Module:
+    """Build a backbone with weights from the hub, or from the cache of earlier downloads."""
+    with _cache_only_if_offline() as offline:
+        try:
+            return timm.create_model(name, pretrained=True, **kwargs)
+        except Exception as error:  # network, proxy, disk, or no weights of that name
             raise InputError(
                 "model.pretrained",
                 f"weights of {name} from timm's hub",
-                reason,
-                "set model.pretrained=false, or model.pretrained_path=FILE to a safetensors or pth file of this backbone",
+                "no connection to it, and none in its cache" if offline else _reason(error),
+                "set model.pretrained=false, or model.pretrained_path=FILE to its weights (safetensors or pth)",
             ) from error
-        raise InputError("model.backbone", "a backbone with features", f"{name} ({reason})", "choose another") from error
 
 
-def _create_from_file(name: str, path: Path, kwargs: dict[str, object]) -> nn.Module:
+@contextmanager
+def _cache_only_if_offline() -> Iterator[bool]:
+    """Tell whether the hub is out of reach; if so, keep its client from retrying for a minute."""
+    before = constants.HF_HUB_OFFLINE
+    try:
+        get_session().head(constants.ENDPOINT, timeout=10)
+    except Exception:  # of requests, httpx or the socket, by version
+        constants.HF_HUB_OFFLINE = True
+    try:
+        yield constants.HF_HUB_OFFLINE
+    finally:
+        constants.HF_HUB_OFFLINE = before
+
+
+def _create_from_file(name: str, path: Path, kwargs: dict[str, Any]) -> nn.Module:
     """Build a backbone with the weights of a file, and make sure that they are all there."""
     cure = f"give a safetensors or pth file of {name}"
     if not path.is_file():
@@ -79,8 +116,7 @@ def _create_from_file(name: str, path: Path, kwargs: dict[str, object]) -> nn.Mo
         stored = timm.models.load_state_dict(str(path), use_ema=False)
         backbone = timm.create_model(name, pretrained=True, pretrained_cfg_overlay={"file": str(path)}, **kwargs)
     except Exception as error:  # whatever timm makes of a file that is none of its own
-        reason = f"{type(error).__name__}: {error}"[:200]
-        raise InputError(path, f"weights of {name}", reason, cure) from error
+        raise InputError(path, f"weights of {name}", _reason(error), cure) from error
     # timm loads what fits and is silent about the rest; only its input layer may differ from the file.
     known = {_fingerprint(tensor) for tensor in stored.values()}
     filters = [key for key, tensor in backbone.state_dict().items() if tensor.ndim > 1][1:]
@@ -92,6 +128,12 @@ def _create_from_file(name: str, path: Path, kwargs: dict[str, object]) -> nn.Mo
 
 def _fingerprint(tensor: Tensor) -> tuple[int, ...]:
     return tensor.numel(), *tensor.flatten()[:16].float().view(torch.int32).tolist()
+
+
+def features_by_stride(backbone: nn.Module) -> dict[int, tuple[str, int]]:
+    """Return, by stride, the name of the module that yields a feature and the feature's channels."""
+    info: Any = backbone.feature_info
+    return dict(zip(info.reduction(), zip(info.module_name(), info.channels(), strict=True), strict=True))
 
 
 def split_stages(backbone: nn.Module, name: str, in_channels: int, size: int) -> tuple[tuple[str, ...], ...]:
@@ -115,24 +157,23 @@ def split_stages(backbone: nn.Module, name: str, in_channels: int, size: int) ->
     InputError
         If the backbone has other strides, or is not a chain of modules.
     """
-    info = backbone.feature_info
-    last = {reduction: module for reduction, module in zip(info.reduction(), info.module_name(), strict=True)}
-    if not set(STRIDES) <= set(last):
+    features = features_by_stride(backbone)
+    if not set(STRIDES) <= set(features):
         raise InputError(
             "model.backbone",
             f"a backbone with features at strides {', '.join(map(str, STRIDES))}",
-            f"{name} with {', '.join(map(str, info.reduction()))}",
+            f"{name} with {', '.join(map(str, features))}",
             "choose a ConvNeXt, ResNet or EfficientNet",
         )
-    ends = [last[stride].replace(".", "_") for stride in STRIDES]
+    ends = [features[stride][0] for stride in STRIDES]
     stages: list[tuple[str, ...]] = []
     stage: list[str] = []
-    for path in _chain(backbone):
+    for path in _chain(backbone, ends):
         stage.append(path)
-        if len(stages) < len(ends) and path.replace(".", "_") == ends[len(stages)]:
+        if len(stages) < len(ends) and path.replace(".", "_") == ends[len(stages)].replace(".", "_"):
             stages.append(tuple(stage))
             stage = []
-    if len(stages) < len(STRIDES) or not _agree(backbone, stages, torch.zeros(1, in_channels, size, size)):
+    if len(stages) < len(STRIDES) or not _agree(backbone, stages, in_channels, size):
         raise InputError(
             "model.backbone",
             "a backbone that is a chain of convolutional stages",
@@ -142,12 +183,23 @@ def split_stages(backbone: nn.Module, name: str, in_channels: int, size: int) ->
     return tuple(stages)
 
 
-def _chain(backbone: nn.Module) -> list[str]:
-    """Return the names of the backbone's modules in order, those of a ``Sequential`` one by one."""
-    paths = []
+def _chain(backbone: nn.Module, ends: list[str]) -> list[str]:
+    """Return the names of the backbone's modules in order; one that features lie within, module by module."""
+    paths: list[str] = []
     for name, child in backbone.named_children():
-        paths += [f"{name}.{inner}" for inner, _ in child.named_children()] if name == "blocks" else [name]
+        within = any(end.startswith(f"{name}.") for end in ends)
+        paths += [f"{name}.{inner}" for inner, _ in child.named_children()] if within else [name]
     return paths
+
+
+def takes_channels_last(backbone: nn.Module, in_channels: int) -> bool:
+    """Tell whether a backbone may be given channels-last input.
+
+    On a CPU, the weight gradient of a strided 1 x 1 convolution crashes on odd numbers of channels in that layout
+    (torch 2.15); RepVGG and its kin begin with one.
+    """
+    convolutions = (module for module in backbone.modules() if isinstance(module, nn.Conv2d))
+    return all(conv.in_channels != in_channels or conv.kernel_size != (1, 1) for conv in convolutions)
 
 
 def run_stage(backbone: nn.Module, stage: tuple[str, ...], x: Tensor) -> Tensor:
@@ -158,12 +210,13 @@ def run_stage(backbone: nn.Module, stage: tuple[str, ...], x: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def _agree(backbone: nn.Module, stages: list[tuple[str, ...]], x: Tensor) -> bool:
+def _agree(backbone: nn.Module, stages: list[tuple[str, ...]], in_channels: int, size: int) -> bool:
     """Tell whether running stage by stage gives the backbone's own features, of the expected sizes."""
-    training, size = backbone.training, x.shape[-1]
+    x = torch.linspace(-1, 1, in_channels * size * size).view(1, in_channels, size, size)
+    training = backbone.training
     backbone.eval()
     try:
-        whole = dict(zip(backbone.feature_info.reduction(), backbone(x), strict=True))
+        whole = dict(zip(features_by_stride(backbone), backbone(x), strict=True))
         for stride, stage in zip(STRIDES, stages, strict=True):
             x = run_stage(backbone, stage, x)
             if x.shape[2:] != (size // stride, size // stride) or not torch.equal(x, whole[stride]):

@@ -17,15 +17,21 @@ class SlidingSlicer(nn.Module):
     ----------
     in_channels
         Slices per slab, an odd number.
+    channels_last
+        Memory layout of the slabs. 2D and 3D convolutions take it through the whole network without a permutation.
     """
 
-    def __init__(self, in_channels: int) -> None:
+    def __init__(self, in_channels: int, channels_last: bool = True) -> None:
         super().__init__()
+        self.channels_last = channels_last
         self.conv = nn.Conv3d(1, in_channels, (in_channels, 1, 1), bias=False)
         self.conv.weight = nn.Parameter(torch.eye(in_channels)[:, None, :, None, None], requires_grad=False)
 
     def forward(self, tiles: Tensor) -> Tensor:
-        """Cut ``(B, 1, D, H, W)`` into ``(B * D, in_channels, H, W)``, channels last in memory."""
+        """Cut ``(B, 1, D, H, W)`` into ``(B * D, in_channels, H, W)``."""
         size = self.conv.out_channels
         padded = F.pad(tiles.squeeze(1), (0, 0, 0, 0, size // 2, size // 2))
-        return padded.unfold(1, size, 1).flatten(0, 1).movedim(-1, 1)
+        slabs = padded.unfold(1, size, 1)  # (B, D, H, W, slab)
+        if self.channels_last:
+            return slabs.flatten(0, 1).contiguous().movedim(-1, 1)
+        return slabs.movedim(-1, 2).flatten(0, 1).contiguous()

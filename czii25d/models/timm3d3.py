@@ -13,7 +13,14 @@ from torch.utils.checkpoint import checkpoint
 from czii25d.errors import InputError
 from czii25d.geometry import Shape3D
 from czii25d.models.decoder import ConvBnRelu, Decoder, pixel_shuffle_3d
-from czii25d.models.encoder import STRIDES, create_backbone, run_stage, split_stages
+from czii25d.models.encoder import (
+    STRIDES,
+    create_backbone,
+    features_by_stride,
+    run_stage,
+    split_stages,
+    takes_channels_last,
+)
 from czii25d.models.slab import SlidingSlicer
 
 MAX_DEPTH_STRIDE = 16
@@ -80,7 +87,12 @@ class Timm3d3(nn.Module):
         super().__init__()
         for key, value in (("in_channels", in_channels), ("class_num", class_num)):
             _check(key, value, _is_count(value), "a whole number of at least 1")
-        _check("in_channels", in_channels, in_channels % 2 == 1, "an odd number of slices, the middle one being the slice itself")
+        _check(
+            "in_channels",
+            in_channels,
+            in_channels % 2 == 1,
+            "an odd number of slices, the middle one being the slice itself",
+        )
         for key, size in (("img_depth", img_depth), ("img_size", img_size)):
             _check(key, size, _is_count(size), "a whole number of at least 1")
         _check("drop_path_rate", drop_path_rate, 0 <= drop_path_rate < 1, "a number from 0 to below 1")
@@ -88,18 +100,20 @@ class Timm3d3(nn.Module):
         _check(
             "decoder_channels",
             decoder_channels,
-            isinstance(decoder_channels, Sequence) and len(decoder_channels) == blocks and all(map(_is_count, decoder_channels)),
+            isinstance(decoder_channels, Sequence)
+            and len(decoder_channels) == blocks
+            and all(map(_is_count, decoder_channels)),
             f"{blocks} widths of at least 1",
         )
         self.img_depth, self.img_size = img_depth, img_size
         check_tile_shape((img_depth, img_size, img_size), "model.img_depth, model.img_size")
 
-        self.stem = SlidingSlicer(in_channels)
-        self.backbone = create_backbone(backbone, in_channels, pretrained, pretrained_path, drop_path_rate)
+        trunk = create_backbone(backbone, in_channels, pretrained, pretrained_path, drop_path_rate)
+        self.stem = SlidingSlicer(in_channels, takes_channels_last(trunk, in_channels))
+        self.backbone = trunk
         self.stages = split_stages(self.backbone, backbone, in_channels, img_size)
-        info = self.backbone.feature_info
-        widths = dict(zip(info.reduction(), info.channels(), strict=True))
-        channels = [widths[stride] for stride in STRIDES]
+        features = features_by_stride(trunk)
+        channels = [features[stride][1] for stride in STRIDES]
         scales = [
             (DEPTH_STRIDES[i] // DEPTH_STRIDES[i - 1], STRIDES[i] // STRIDES[i - 1], STRIDES[i] // STRIDES[i - 1])
             for i in range(blocks, 0, -1)
