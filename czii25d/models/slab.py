@@ -6,6 +6,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from czii25d.errors import InputError
+
 
 class SlidingSlicer(nn.Module):
     """Turn a tile into a stack of slabs, one per slice; the tile's ends are padded with zeros.
@@ -26,6 +28,7 @@ class SlidingSlicer(nn.Module):
         self.channels_last = channels_last
         self.conv = nn.Conv3d(1, in_channels, (in_channels, 1, 1), bias=False)
         self.conv.weight = nn.Parameter(torch.eye(in_channels)[:, None, :, None, None], requires_grad=False)
+        self.register_load_state_dict_post_hook(_refuse_other_kernels)
 
     def forward(self, tiles: Tensor) -> Tensor:
         """Cut ``(B, 1, D, H, W)`` into ``(B * D, in_channels, H, W)``."""
@@ -35,3 +38,9 @@ class SlidingSlicer(nn.Module):
         if self.channels_last:
             return slabs.flatten(0, 1).contiguous().movedim(-1, 1)
         return slabs.movedim(-1, 2).flatten(0, 1).contiguous()
+
+
+def _refuse_other_kernels(slicer: nn.Module, _: object) -> None:
+    weight = slicer.get_parameter("conv.weight").flatten(1)
+    if not torch.equal(weight, torch.eye(len(weight)).to(weight)):
+        raise InputError("stem.conv.weight", "the frozen one-hot kernel", "another one", "take a timm3d3 checkpoint")
