@@ -11,7 +11,7 @@ from torch import Tensor
 
 Peaks = tuple[NDArray[np.float64], NDArray[np.float32]]
 
-OFFSETS_AT_ONCE = 64  # neighbours compared before the losers are dropped
+COMPARISONS_AT_ONCE = 2**20  # of candidates with neighbours, before the losers are dropped
 SLAB_VOXELS = 2**24  # voxels compared with the threshold at once
 
 
@@ -57,11 +57,11 @@ def find_peaks(
 
 
 def _find_in_class(volume: Tensor, radius: NDArray[np.float64], threshold: float, refine: bool) -> Peaks:
-    flat = volume.reshape(-1)
-    candidates = _indices_of_at_least(flat, threshold)
-    for offsets in _neighbours(radius):
-        candidates = _keep_winners(volume, candidates, offsets)
-    scores = flat[candidates]
+    offsets = _ball(radius)
+    candidates = _indices_of_at_least(volume.reshape(-1), threshold)
+    candidates = _keep_winners_in_row(volume, candidates)
+    candidates = _keep_winners(volume, candidates, offsets)
+    scores = volume.reshape(-1)[candidates]
     order = torch.argsort(scores, descending=True, stable=True)
     candidates, scores = candidates[order], scores[order]
     centers = torch.stack(torch.unravel_index(candidates, volume.shape), 1)
@@ -82,51 +82,58 @@ def _indices_of_at_least(flat: Tensor, threshold: float) -> Tensor:
     return torch.cat(parts)
 
 
-def _neighbours(radius: NDArray[np.float64]) -> list[NDArray[np.int64]]:
-    """Return the offsets to the voxels of the ball in groups, nearest first, the 26 around the centre always included."""
-    reach = np.maximum(np.floor(radius).astype(int), 1)
-    grid = np.stack(np.meshgrid(*(np.arange(-side, side + 1) for side in reach), indexing="ij"), -1).reshape(
-        -1, 3
-    )
-    distance = np.square(grid / np.maximum(radius, 1e-6)).sum(1)
-    near = np.abs(grid).max(1)
-    grid = grid[((distance <= 1) | (near <= 1)) & (near > 0)]
-    grid = grid[np.argsort(np.square(grid).sum(1), kind="stable")]
-    singles = [grid[i : i + 1] for i in range(6)]  # each of the first six halves what is left
-    rest = [grid[6:26]] + [
-        grid[start : start + OFFSETS_AT_ONCE] for start in range(26, len(grid), OFFSETS_AT_ONCE)
-    ]
-    return singles + [group for group in rest if len(group)]
+def _keep_winners_in_row(volume: Tensor, candidates: Tensor) -> Tensor:
+    """Return the candidates that exceed both neighbours along x: of a smooth blob, one voxel in each row.
 
-
-def _keep_winners(volume: Tensor, candidates: Tensor, offsets: NDArray[np.int64]) -> Tensor:
-    """Return the candidates (flat indices) that no voxel at these offsets beats."""
-    if not len(candidates):
+    Needs no coordinates, as candidates come in memory order: a neighbour matters if it is a candidate too, since
+    nothing below the threshold beats one.
+    """
+    if len(candidates) < 2:
         return candidates
-    _, height, width = volume.shape
-    flat = volume.reshape(-1)
-    value = flat[candidates]
-    z, rest = (
-        torch.div(candidates, height * width, rounding_mode="floor"),
-        candidates % (height * width),
-    )
-    y, x = torch.div(rest, width, rounding_mode="floor"), rest % width
-    wins = torch.ones(len(candidates), dtype=torch.bool, device=flat.device)
-    for dz, dy, dx in offsets.tolist():
-        step = (dz * height + dy) * width + dx
-        inside = _shift_stays_inside(z, dz, volume.shape[0]) & _shift_stays_inside(y, dy, height)
-        inside &= _shift_stays_inside(x, dx, width)
-        other = flat[(candidates + step).clamp_(0, len(flat) - 1)]
-        # The first of equals wins: a voxel earlier in memory beats by being as high, a later one only by being higher.
-        beaten = other >= value if step < 0 else other > value
-        wins &= ~(beaten & inside)
+    value = volume.reshape(-1)[candidates]
+    # Neighbours in memory, and not the end of one row with the start of the next.
+    adjacent = (candidates[1:] - candidates[:-1] == 1) & (candidates[1:] % volume.shape[2] != 0)
+    rises = value[1:] > value[:-1]
+    wins = torch.ones(len(candidates), dtype=torch.bool, device=candidates.device)
+    wins[1:] &= ~adjacent | rises
+    wins[:-1] &= ~(adjacent & rises)
     return candidates[wins]
 
 
-def _shift_stays_inside(index: Tensor, shift: int, size: int) -> Tensor:
-    if shift == 0:
-        return torch.ones_like(index, dtype=torch.bool)
-    return index >= -shift if shift < 0 else index < size - shift
+def _ball(radius: NDArray[np.float64]) -> NDArray[np.int64]:
+    """Return the ``(K, 3)`` offsets to the voxels of the ball, nearest first; the 26 about the centre are always in."""
+    reach = np.maximum(np.floor(radius).astype(int), 1)
+    grid = np.stack(np.meshgrid(*(np.arange(-side, side + 1) for side in reach), indexing="ij"), -1).reshape(-1, 3)
+    in_ball = np.square(grid / np.maximum(radius, 1e-6)).sum(1) <= 1
+    near = np.abs(grid).max(1)
+    grid = grid[(in_ball | (near == 1)) & (near > 0)]
+    return grid[np.argsort(np.square(grid).sum(1), kind="stable")]
+
+
+def _keep_winners(volume: Tensor, candidates: Tensor, offsets: NDArray[np.int64]) -> Tensor:
+    """Return the candidates (flat indices) that no voxel at these offsets beats, in the order they come."""
+    depth, height, width = volume.shape
+    flat = volume.reshape(-1)
+    sides = torch.tensor(volume.shape, device=flat.device)
+    first = 0
+    while first < len(offsets) and len(candidates):
+        # Few offsets at a time while there are many candidates: most of them lose early.
+        count = max(1, min(len(offsets) - first, COMPARISONS_AT_ONCE // len(candidates)))
+        group = torch.from_numpy(offsets[first : first + count]).to(flat.device)
+        first += count
+        survivors = []
+        for part in candidates.split(COMPARISONS_AT_ONCE):
+            place = torch.stack(torch.unravel_index(part, volume.shape), 1)  # (n, 3)
+            other = place[:, None] + group  # (n, k, 3)
+            inside = ((other >= 0) & (other < sides)).all(2)
+            step = (group[:, 0] * height + group[:, 1]) * width + group[:, 2]
+            rival = flat[(part[:, None] + step).clamp_(0, len(flat) - 1)]
+            value = flat[part][:, None]
+            # The first of equals wins: an earlier voxel beats by being as high, a later one only by being higher.
+            beats = inside & ((rival > value) | ((rival == value) & (step < 0)))
+            survivors.append(part[~beats.any(1)])
+        candidates = torch.cat(survivors)
+    return candidates
 
 
 def refine_centers(volume: Tensor, centers: Tensor, radius: NDArray[np.float64]) -> Tensor:
@@ -147,7 +154,7 @@ def refine_centers(volume: Tensor, centers: Tensor, radius: NDArray[np.float64])
     Returns
     -------
     centers
-        ``(N, 3)`` float64, each at most one step from its index.
+        ``(N, 3)`` float64, at most a voxel from their indices.
     """
     refined = centers.double()
     for axis, size in enumerate(volume.shape):

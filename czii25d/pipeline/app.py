@@ -15,7 +15,6 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from rich.console import Console
-from rich.logging import RichHandler
 from rich.table import Table
 
 from czii25d.errors import InputError, did_you_mean
@@ -41,6 +40,7 @@ def run(function: Callable[[DictConfig], Any], config_name: str) -> None:
         return
     set_up_logging()
     os.environ["HYDRA_FULL_ERROR"] = "1"  # let exceptions come here rather than be printed by Hydra
+    logging.getLogger("hydra").setLevel(logging.CRITICAL)  # it would announce a job's exception before we do
     sys.argv = [sys.argv[0], *argv, f"hydra.job.name={config_name}"]
     try:
         decorate = hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name=config_name)
@@ -87,9 +87,7 @@ def set_up_logging() -> None:
     """Send the package's log, message only, to standard error."""
     logger = logging.getLogger("czii25d")
     if not logger.handlers:
-        handler = RichHandler(
-            console=Console(stderr=True, soft_wrap=True), show_time=False, show_path=False, show_level=False
-        )
+        handler = logging.StreamHandler()
         handler.setFormatter(logging.Formatter("%(message)s"))
         logger.addHandler(handler)
     logger.setLevel(logging.INFO)

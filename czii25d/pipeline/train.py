@@ -21,7 +21,6 @@ from lightning.pytorch.loggers import Logger, WandbLogger
 from omegaconf import DictConfig, OmegaConf
 from timm.optim import create_optimizer_v2, list_optimizers
 from timm.scheduler import create_scheduler_v2
-from torch import nn
 
 from czii25d.data.augment import Augmentation
 from czii25d.data.datamodule import TomogramDataModule, split_runs
@@ -29,7 +28,6 @@ from czii25d.data.dataset import Sampling
 from czii25d.errors import InputError, did_you_mean
 from czii25d.files import write_aside
 from czii25d.geometry import Shape3D
-from czii25d.inference import InferenceOptions
 from czii25d.losses import Mixer, create_loss
 from czii25d.models import create_model
 from czii25d.models.checkpoint import ModelCard, load_checkpoint
