@@ -5,12 +5,14 @@ from __future__ import annotations
 import inspect
 import json
 import math
+import pickletools
 import re
 import warnings
 import zipfile
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from importlib.metadata import version
+from numbers import Real
 from pathlib import Path
 from typing import Any, get_args
 
@@ -294,17 +296,35 @@ def _read_pickle(path: Path) -> Any:
             # Mapped, because of a Lightning file less than half is needed.
             return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except Exception as error:  # an unpickler raises anything, down to KeyError
-        refused = re.search(r"GLOBAL (\S+)|function (<.+?>)|got (<class.+?>)", str(error))
-        if refused:
+        refused = re.search(r"(?:GLOBAL|function|but got) (<.+?>|\S+)", str(error))
+        called = refused[1] if refused else _first_global(path)
+        if called:
             raise InputError(
                 path,
                 "a checkpoint of tensors and plain values",
-                f"one that would run code when loaded ({refused[1] or refused[2] or refused[3]})",
+                f"one that would run code when loaded ({called})",
                 "do not load it; ask its author for the state_dict alone",
             ) from error
         raise InputError(
             path, "a checkpoint", "a damaged file or none written by torch", "copy or download it again"
         ) from error
+
+
+def _first_global(path: Path) -> str:
+    """Return the first thing that a bare pickle imports, also of a protocol which torch does not read."""
+    strings: list[str] = []
+    try:
+        with path.open("rb") as file:
+            for opcode, argument, _ in pickletools.genops(file):
+                if opcode.name == "GLOBAL":
+                    return str(argument).replace(" ", ".")
+                if opcode.name == "STACK_GLOBAL":
+                    return ".".join(strings[-2:])
+                if isinstance(argument, str):
+                    strings.append(argument)
+    except (ValueError, UnicodeDecodeError):  # no pickle
+        pass
+    return ""
 
 
 def _model_kwargs(hyper_parameters: Any) -> dict[str, Any]:
@@ -344,7 +364,7 @@ def _plain_value(value: Any) -> Any:
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and math.isfinite(value)
+    return isinstance(value, Real) and math.isfinite(value)
 
 
 def _is_positive(value: Any) -> bool:

@@ -192,11 +192,16 @@ def _pool_depth(x: Tensor, factor: int) -> Tensor:
 @contextmanager
 def _untracked_statistics(module: nn.Module) -> Iterator[None]:
     """Leave running statistics alone, which the first of a checkpoint's two passes has updated."""
-    norms = [m for m in module.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
-    for norm in norms:
-        norm.track_running_stats = False
+    before = [
+        (norm, norm.momentum, norm.num_batches_tracked, norm.num_batches_tracked.clone())
+        for norm in module.modules()
+        if isinstance(norm, _BatchNorm) and norm.num_batches_tracked is not None
+    ]
+    for norm, *_ in before:
+        norm.momentum = 0.0
     try:
         yield
     finally:
-        for norm in norms:
-            norm.track_running_stats = True
+        for norm, momentum, batches, count in before:
+            norm.momentum = momentum
+            batches.copy_(count)
