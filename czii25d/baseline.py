@@ -19,9 +19,7 @@ if TYPE_CHECKING:
     from czii25d.particles import ParticleSet
 
 
-def blob_response(
-    volume: NDArray[np.floating], sigma: float, voxel_spacing: Spacing3D
-) -> NDArray[np.float32]:
+def blob_response(volume: NDArray[np.floating], sigma: float, voxel_spacing: Spacing3D) -> NDArray[np.float32]:
     """Return the Laplacian of the smoothed volume, z-scored: high at the centre of what is dark.
 
     Parameters

@@ -70,9 +70,7 @@ class Imaging:
             if not (math.isfinite(value) and value >= 0):
                 raise InputError(f"imaging.{key}", "a number of at least 0", repr(value), "correct it")
         if not 0 < self.wedge_degrees <= 90:
-            raise InputError(
-                "imaging.wedge_degrees", "above 0, at most 90", str(self.wedge_degrees), "correct it"
-            )
+            raise InputError("imaging.wedge_degrees", "above 0, at most 90", str(self.wedge_degrees), "correct it")
 
 
 @dataclass(frozen=True)
@@ -119,15 +117,11 @@ STRUCTURES: dict[str, tuple[Points, float]] = {
     "apo-ferritin": (_orbit("O", (0.66, 0.40, 0.16)), 0.17),  # 24 chains about an empty core
     "beta-galactosidase": (_orbit("D2", (0.30, 0.18, 0.16), (0.62, 0.22, 0.20), (0.40, 0.52, 0.12)), 0.16),
     "ribosome": (  # two unequal subunits with a cleft between
-        np.concatenate(
-            [_ellipsoid((1.3, 0.0, 0.0), (2.8, 3.3, 3.0)), _ellipsoid((-3.1, 0.5, 0.5), (1.0, 3.0, 1.9))]
-        ),
+        np.concatenate([_ellipsoid((1.3, 0.0, 0.0), (2.8, 3.3, 3.0)), _ellipsoid((-3.1, 0.5, 0.5), (1.0, 3.0, 1.9))]),
         0.5,
     ),
     "thyroglobulin": (  # a long, twisted dimer
-        _orbit(
-            "C2", (0.16, 0.1, 0.0), (0.36, 0.24, 0.1), (0.58, 0.2, -0.1), (0.8, 0.04, 0.02), (0.48, -0.1, 0.1)
-        ),
+        _orbit("C2", (0.16, 0.1, 0.0), (0.36, 0.24, 0.1), (0.58, 0.2, -0.1), (0.8, 0.04, 0.02), (0.48, -0.1, 0.1)),
         0.15,
     ),
     "virus-like-particle": (_orbit("I", (0.61, 0.45, 0.30), (0.50, 0.58, 0.10)), 0.11),  # an empty shell
@@ -141,14 +135,10 @@ def _look_alike(kind: str, radii: Sequence[float], rng: np.random.Generator) -> 
         return _Body(np.zeros((1, 3)), 25.0, rng.uniform(2.0, 3.0))
     radius = float(rng.choice(radii))
     if kind == "filament":
-        return _Body(
-            np.arange(-5, 6)[:, None] * np.array([0.55 * radius, 0.0, 0.0]), 0.35 * radius, 1.0, is_chain=True
-        )
+        return _Body(np.arange(-5, 6)[:, None] * np.array([0.55 * radius, 0.0, 0.0]), 0.35 * radius, 1.0, is_chain=True)
     directions = rng.standard_normal((16, 3))
     directions /= np.linalg.norm(directions, axis=1, keepdims=True)
-    return _ball_of(
-        directions * rng.uniform(0, 0.4, (16, 1)) ** (1 / 3), 0.25, 0.9 * radius, rng.uniform(0.8, 1.2)
-    )
+    return _ball_of(directions * rng.uniform(0, 0.4, (16, 1)) ** (1 / 3), 0.25, 0.9 * radius, rng.uniform(0.8, 1.2))
 
 
 def _find_room(
@@ -260,18 +250,14 @@ def simulate_tomogram(
         for name, number in numbers.items():
             if name not in known:
                 hint = did_you_mean(name, known)
-                raise InputError(
-                    f"key {key}.{name}{hint}", f"one of {', '.join(known)}", repr(name), "correct it"
-                )
+                raise InputError(f"key {key}.{name}{hint}", f"one of {', '.join(known)}", repr(name), "correct it")
             if number < 0:
                 raise InputError(f"key {key}.{name}", "a number of at least 0", str(number), "raise it")
     radii = {name: particles[particles.channel(name)].radius for name in counts}
     wanted = [name for name, number in counts.items() for _ in range(number)]
     queue = [(name, _ball_of(*STRUCTURES[name], radii[name])) for name in wanted]
     sizes = [radii[name] for name in wanted] or list(particles.radii)
-    queue += [
-        ("", _look_alike(kind, sizes, rng)) for kind, number in look_alikes.items() for _ in range(number)
-    ]
+    queue += [("", _look_alike(kind, sizes, rng)) for kind, number in look_alikes.items() for _ in range(number)]
     # the picky ones first: particles, which stay inside, before look-alikes; large before small
     queue.sort(key=lambda item: (not item[0], -item[1].occupied()[1]))
 

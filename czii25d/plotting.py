@@ -90,9 +90,7 @@ def plot_picks(
                 circle = Circle((x, y), particle.radius, fill=False, ec=particle.color, lw=1.2, ls=style)
                 ax.add_patch(circle).set_path_effects(_OUTLINE)
             picked_z = picked[:, 2].copy()
-            picked_z[is_right] = true[
-                _nearest(picked, true)[1][is_right], 2
-            ]  # beside the circle it belongs to
+            picked_z[is_right] = true[_nearest(picked, true)[1][is_right], 2]  # beside the circle it belongs to
             is_cut = np.abs(picked_z - center_z * dz) <= particle.radius / 2
             for marker, chosen in ((".", is_right | (truth is None)), ("x", ~is_right & (truth is not None))):
                 x, y, _ = picked[is_cut & chosen].T
@@ -115,9 +113,7 @@ def _locations(picks: pd.DataFrame | None, name: str) -> NDArray[np.float64]:
     return picks.loc[picks["particle"] == name, ["x", "y", "z"]].to_numpy(np.float64)
 
 
-def _nearest(
-    points: NDArray[np.float64], others: NDArray[np.float64]
-) -> tuple[NDArray[np.float64], NDArray[np.intp]]:
+def _nearest(points: NDArray[np.float64], others: NDArray[np.float64]) -> tuple[NDArray[np.float64], NDArray[np.intp]]:
     """Return for each of ``(N, 3)`` points distance and index of the nearest of the others, if any."""
     if not len(others):
         return np.full(len(points), np.inf), np.zeros(len(points), np.intp)

@@ -119,9 +119,7 @@ def test_the_missing_wedge_is_about_y_and_around_z(seed, wedge):
     rng = np.random.default_rng(seed)
     image = form_image(rng.standard_normal(shape).astype(np.float32), SPACING, imaging, rng)
     power = np.abs(np.fft.fftn(image)) ** 2
-    kz, _, kx = np.meshgrid(
-        *[np.fft.fftfreq(n, d) for n, d in zip(shape, SPACING, strict=True)], indexing="ij"
-    )
+    kz, _, kx = np.meshgrid(*[np.fft.fftfreq(n, d) for n, d in zip(shape, SPACING, strict=True)], indexing="ij")
     sample = 1 / (shape[0] * SPACING[0])
     tilt = np.degrees(np.arctan2(np.abs(kz), np.abs(kx)))
     is_missing = (tilt > wedge) & (
@@ -138,9 +136,7 @@ def test_noise_and_contrast_are_what_their_keys_say():
     assert form_image(empty, SPACING, Imaging(noise=0.2, drift=0), rng).std() == pytest.approx(0.2, rel=1e-3)
     assert form_image(empty, SPACING, Imaging(noise=0, drift=0.3), rng).std() == pytest.approx(0.3, rel=1e-3)
     wavelength = 56 * 12.0 / 7
-    wave = np.broadcast_to(np.cos(2 * np.pi * np.arange(56) * 12.0 / wavelength), empty.shape).astype(
-        np.float32
-    )
+    wave = np.broadcast_to(np.cos(2 * np.pi * np.arange(56) * 12.0 / wavelength), empty.shape).astype(np.float32)
     for key in ("resolution_angstrom", "low_cut_angstrom"):
         clear = {"noise": 0, "drift": 0, "resolution_angstrom": 0, "low_cut_angstrom": 0}
         image = form_image(wave, SPACING, Imaging(**clear | {key: wavelength}), rng)
@@ -165,9 +161,7 @@ def test_what_cannot_be_simulated_is_said_in_one_line(arguments, message):
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize(
-    "wrong", [{"noise": -1.0}, {"wedge_degrees": 0.0}, {"wedge_degrees": 91.0}, {"drift": np.nan}]
-)
+@pytest.mark.parametrize("wrong", [{"noise": -1.0}, {"wedge_degrees": 0.0}, {"wedge_degrees": 91.0}, {"drift": np.nan}])
 def test_impossible_imaging_is_refused(wrong):
     with pytest.raises(InputError, match=next(iter(wrong))):
         Imaging(**wrong)
@@ -214,9 +208,7 @@ def test_make_phantom_writes_the_competitions_layout(cfg):
     assert set(solution["run"]) == {"TS_9"}
     assert solution["particle"].value_counts().to_dict() == {"ribosome": 1, "apo-ferritin": 4}
     first, second = (
-        zarr.open_array(
-            root / f"train/static/ExperimentRuns/TS_{i}/VoxelSpacing10.000/denoised.zarr/0", mode="r"
-        )[:]
+        zarr.open_array(root / f"train/static/ExperimentRuns/TS_{i}/VoxelSpacing10.000/denoised.zarr/0", mode="r")[:]
         for i in (1, 2)
     )
     assert np.abs(first - second).max() > 0
@@ -229,11 +221,7 @@ def test_coarser_scales_keep_the_origin(cfg):
     make_phantom(cfg)
     path = Path(cfg.paths.input) / "test/static/ExperimentRuns/TS_9/VoxelSpacing10.000/denoised.zarr"
     group = zarr.open_group(path, mode="r")
-    centers = [
-        np.multiply(ndimage.center_of_mass(v.max() - v), 2**i)
-        for i in range(3)
-        if (v := group[str(i)][:]).size
-    ]
+    centers = [np.multiply(ndimage.center_of_mass(v.max() - v), 2**i) for i in range(3) if (v := group[str(i)][:]).size]
     np.testing.assert_allclose(centers[1], centers[0], atol=0.1)
     np.testing.assert_allclose(centers[2], centers[0], atol=0.3)
 

@@ -27,9 +27,7 @@ def colored(image, channel):
 
 
 def test_a_circle_is_where_the_particle_is(tmp_path):
-    image = draw(
-        tmp_path / "a.png", [("ball", 168.0, 330.0, 120.0)], None
-    )  # voxel (12, 30, 14) of (24, 40, 56)
+    image = draw(tmp_path / "a.png", [("ball", 168.0, 330.0, 120.0)], None)  # voxel (12, 30, 14) of (24, 40, 56)
     rows, columns = np.nonzero(colored(image, 0))
     gray = np.nonzero((np.ptp(image, axis=-1) == 0) & (image[..., 0] > 0.02) & (image[..., 0] < 0.98))
     # the slice is the only gray area of this size: its extent gives the scale
@@ -38,9 +36,7 @@ def test_a_circle_is_where_the_particle_is(tmp_path):
     per_angstrom = (bottom - top) / (40 * 11.0)
     middle = (rows.min() + rows.max()) / 2, (columns.min() + columns.max()) / 2
     assert (rows.max() - rows.min()) / per_angstrom == pytest.approx(120, rel=0.1)
-    assert (middle[1] - left) / per_angstrom == pytest.approx(
-        168 + 6, abs=12
-    )  # the edge is half a voxel before 0
+    assert (middle[1] - left) / per_angstrom == pytest.approx(168 + 6, abs=12)  # the edge is half a voxel before 0
     assert (middle[0] - top) / per_angstrom == pytest.approx(330 + 5.5, abs=12)
 
 

@@ -56,9 +56,7 @@ def make_phantom(cfg: DictConfig) -> None:
     for index, run in enumerate(runs):
         is_train = run in train_runs
         tomogram_path = (
-            root
-            / ("train" if is_train else "test")
-            / f"static/ExperimentRuns/{run}/VoxelSpacing10.000/denoised.zarr"
+            root / ("train" if is_train else "test") / f"static/ExperimentRuns/{run}/VoxelSpacing10.000/denoised.zarr"
         )
         if tomogram_path.exists() and (is_train or solution_path.exists()):
             continue
@@ -72,8 +70,7 @@ def make_phantom(cfg: DictConfig) -> None:
             np.random.default_rng([settings["seed"], index]),
         )
         picks = {
-            name: table.loc[table["particle"] == name, ["x", "y", "z"]].to_numpy(float)
-            for name in settings["counts"]
+            name: table.loc[table["particle"] == name, ["x", "y", "z"]].to_numpy(float) for name in settings["counts"]
         }
         if is_train:  # picks before the tomogram, whose presence says that the run is complete
             for name, locations in picks.items():
@@ -85,9 +82,7 @@ def make_phantom(cfg: DictConfig) -> None:
             write_tomogram(tomogram_path, volume, tuple(settings["voxel_spacing"]))
     if not solution_path.exists():
         write_solution_csv(solution_path, concat_picks(solution))
-    logger.info(
-        "%d simulated tomograms with picks and %d without are in %s", len(train_runs), len(test_runs), root
-    )
+    logger.info("%d simulated tomograms with picks and %d without are in %s", len(train_runs), len(test_runs), root)
 
 
 def check_settings(settings: dict[str, Any]) -> None:
@@ -95,17 +90,13 @@ def check_settings(settings: dict[str, Any]) -> None:
     for key in ("shape", "voxel_spacing"):
         value = settings[key]
         if not (isinstance(value, list) and len(value) == 3 and all(number > 0 for number in value)):
-            raise InputError(
-                f"key {key}", "three numbers above 0, in the order z, y, x", str(value), "correct it"
-            )
+            raise InputError(f"key {key}", "three numbers above 0, in the order z, y, x", str(value), "correct it")
     runs = [*settings["train_runs"], *settings["test_runs"]]
     for run in runs:
         if not isinstance(run, str) or not run or "/" in run or run.startswith("."):
             raise InputError("keys train_runs, test_runs", "names such as TS_1", repr(run), "rename that run")
         if runs.count(run) > 1:
-            raise InputError(
-                "keys train_runs, test_runs", "each name once", f"'{run}' again", "rename that run"
-            )
+            raise InputError("keys train_runs, test_runs", "each name once", f"'{run}' again", "rename that run")
 
 
 def claim_folder(root: Path, settings: dict[str, Any]) -> None:
@@ -152,6 +143,4 @@ def write_tomogram(path: Path, volume: NDArray[np.float32], voxel_spacing: Spaci
             scales.append({"coordinateTransformations": [transformation], "path": str(level)})
             volume = ndimage.gaussian_filter(volume, 0.7)[::2, ::2, ::2]
         axes: list[Any] = [{"name": name, "type": "space", "unit": "angstrom"} for name in "zyx"]
-        group.attrs["multiscales"] = [
-            {"axes": axes, "datasets": scales, "metadata": {}, "name": "/", "version": "0.4"}
-        ]
+        group.attrs["multiscales"] = [{"axes": axes, "datasets": scales, "metadata": {}, "name": "/", "version": "0.4"}]
