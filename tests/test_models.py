@@ -278,6 +278,8 @@ def test_export_with_dynamic_batch() -> None:
         ({"backbone": "hrnet_w18_small"}, "chain of convolutional stages"),
         ({"backbone": "test_resnet", "drop_path_rate": 1.5}, "drop_path_rate"),
         ({"backbone": "vgg11", "drop_path_rate": 0.1}, "drop_path_rate"),
+        ({"backbone": None}, "model.backbone"),
+        ({"drop_path_rate": "0.1"}, "drop_path_rate"),
         ({"in_channels": 4}, "odd number"),
         ({"in_channels": -1}, "in_channels"),
         ({"class_num": 0}, "class_num"),

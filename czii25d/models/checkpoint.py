@@ -199,7 +199,7 @@ def _refuse_contradictions(path: Path, stored: Mapping[str, Any], wanted: Mappin
 def _comparable(key: str, value: Any) -> Any:
     if key == "backbone":
         return str(value).partition(".")[0]  # the tag names pretrained weights, not a shape
-    return list(value) if key == "decoder_channels" else value
+    return list(value) if isinstance(value, list | tuple) else value
 
 
 def _load_strictly(path: Path, model: nn.Module, state: Mapping[str, Tensor], class_num: int) -> None:

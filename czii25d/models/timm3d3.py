@@ -85,7 +85,9 @@ class Timm3d3(nn.Module):
         drop_path_rate: float = 0.0,
     ) -> None:
         super().__init__()
-        for key, value in (("in_channels", in_channels), ("class_num", class_num)):
+        _check("backbone", backbone, isinstance(backbone, str), "a model of timm")
+        counts = {"in_channels": in_channels, "class_num": class_num, "img_depth": img_depth, "img_size": img_size}
+        for key, value in counts.items():
             _check(key, value, _is_count(value), "a whole number of at least 1")
         _check(
             "in_channels",
@@ -93,9 +95,8 @@ class Timm3d3(nn.Module):
             in_channels % 2 == 1,
             "an odd number of slices, the middle one being the slice itself",
         )
-        for key, size in (("img_depth", img_depth), ("img_size", img_size)):
-            _check(key, size, _is_count(size), "a whole number of at least 1")
-        _check("drop_path_rate", drop_path_rate, 0 <= drop_path_rate < 1, "a number from 0 to below 1")
+        possible = isinstance(drop_path_rate, int | float) and 0 <= drop_path_rate < 1
+        _check("drop_path_rate", drop_path_rate, possible, "a number from 0 to below 1")
         blocks = len(STRIDES) - 1
         _check(
             "decoder_channels",
