@@ -33,7 +33,9 @@ class Predictor(Protocol):
 
     device: torch.device
 
-    def __call__(self, tiles: Tensor) -> Tensor: ...
+    def __call__(self, tiles: Tensor) -> Tensor:
+        """Return the heatmaps of tiles."""
+        ...
 
 
 class Croppable(Protocol):
@@ -139,10 +141,8 @@ class TorchPredictor:
     ) -> None:
         self.device, self.dtype = torch.device(device), dtype
         self.members = [member.to(self.device).eval() for member in members]
-        orders = channels or [None] * len(self.members)
-        self._orders = [
-            None if order is None or list(order) == sorted(order) else list(order) for order in orders
-        ]
+        orders: Sequence[Sequence[int] | None] = channels or [None] * len(self.members)
+        self._orders = [None if order is None or list(order) == sorted(order) else list(order) for order in orders]
 
     @torch.inference_mode()
     def __call__(self, tiles: Tensor) -> Tensor:
@@ -178,9 +178,7 @@ def predict_slabs(
     shape = volume.shape
     if any(side < tile for side, tile in zip(shape, options.tile_shape, strict=True)):
         surplus = [(0, max(0, tile - side)) for side, tile in zip(shape, options.tile_shape, strict=True)]
-        logger.info(
-            "volume %s is smaller than a tile %s: mirrored at its far faces", shape, options.tile_shape
-        )
+        logger.info("volume %s is smaller than a tile %s: mirrored at its far faces", shape, options.tile_shape)
         volume = ArrayVolume(np.pad(volume.crop((0, 0, 0), shape), surplus, mode="reflect"))
     grid = TileGrid(volume.shape, options.tile_shape, options.stride)
     blender = Blender(grid, options.window)

@@ -128,8 +128,7 @@ def draw_box(shape: torch.Size, fraction: float, generator: torch.Generator) -> 
     """Draw a box that fills about ``fraction`` of a volume of that shape, anywhere inside it."""
     sides = [max(1, round(side * fraction ** (1 / 3))) for side in shape]
     starts = [
-        int(torch.randint(size - side + 1, (), generator=generator))
-        for size, side in zip(shape, sides, strict=True)
+        int(torch.randint(size - side + 1, (), generator=generator)) for size, side in zip(shape, sides, strict=True)
     ]
     z, y, x = (slice(start, start + side) for start, side in zip(starts, sides, strict=True))
     return z, y, x

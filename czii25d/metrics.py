@@ -50,7 +50,7 @@ def score(
     """
     table = evaluate(solution, submission, distance_multiplier, beta, particles)
     rows = table.drop(index="total")
-    return float(table.loc["total", "fbeta"] if weighted else rows["fbeta"].mean())
+    return float(table["fbeta"]["total"] if weighted else rows["fbeta"].mean())
 
 
 def evaluate(
@@ -83,7 +83,8 @@ def evaluate(
         }
     table = pd.DataFrame.from_dict(rows, orient="index")
     counts = table[["references", "picks", "hits"]]
-    table["fbeta"] = fbeta(*(counts[name].to_numpy(float) for name in ("hits", "picks", "references")), beta)
+    of_all, of_picks, of_hits = counts.to_numpy(float).T
+    table["fbeta"] = fbeta(of_hits, of_picks, of_all, beta)
     total = counts.sum().to_dict() | {"weight": table["weight"].sum()}
     weight = max(float(table["weight"].sum()), np.finfo(float).tiny)
     total["fbeta"] = float((table["fbeta"] * table["weight"]).sum() / weight)
@@ -204,13 +205,11 @@ def _point_sets(
         yield points[axes].to_numpy(float), candidates[axes].to_numpy(float), scores
 
 
-def _is_hit(
-    references: NDArray[np.float64], candidates: NDArray[np.float64], reach: float
-) -> NDArray[np.bool_]:
+def _is_hit(references: NDArray[np.float64], candidates: NDArray[np.float64], reach: float) -> NDArray[np.bool_]:
     """Tell of each reference whether a pick lies within ``reach`` angstrom."""
     if not len(references) or not len(candidates):
         return np.zeros(len(references), bool)
-    return cKDTree(candidates).query_ball_point(references, reach, return_length=True) > 0
+    return np.asarray(cKDTree(candidates).query_ball_point(references, reach, return_length=True)) > 0
 
 
 def _best_hit(

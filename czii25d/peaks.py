@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
+from torch.nn import functional
 
 Peaks = tuple[NDArray[np.float64], NDArray[np.float32]]
 
-COMPARISONS_AT_ONCE = 2**20  # of candidates with neighbours, before the losers are dropped
-SLAB_VOXELS = 2**24  # voxels compared with the threshold at once
+LARGEST_BLOCK = 3  # voxels a side; larger ones are no faster
+COMPARISONS_AT_ONCE = 2**16  # so few that they stay in the cache
 
 
 def find_peaks(
@@ -23,11 +25,12 @@ def find_peaks(
 ) -> list[Peaks]:
     """Find the local maxima of each class.
 
-    A peak is a voxel of at least ``threshold`` whose value no other voxel within ``radius_voxel`` exceeds; of equals the
-    first one counts. The rule is local, as that of max-pooling, but in a ball (an ellipsoid for anisotropic voxels).
+    A peak is a voxel of at least ``threshold`` whose value no other voxel within ``radius_voxel`` exceeds; of equals
+    the first one counts. The rule is local, as max-pooling's, but in a ball (an ellipsoid for anisotropic voxels).
 
-    It is fast because it is sparse: few voxels reach the threshold, most of those lose against one of their first
-    neighbours, and only what is left is compared with the whole ball.
+    It is fast because it goes from coarse to fine: one pass over memory leaves the maxima of blocks so small that each
+    holds at most one peak; few reach the threshold and exceed the blocks about them; and only their highest voxels are
+    compared with all voxels of the ball.
 
     Parameters
     ----------
@@ -57,83 +60,136 @@ def find_peaks(
 
 
 def _find_in_class(volume: Tensor, radius: NDArray[np.float64], threshold: float, refine: bool) -> Peaks:
-    offsets = _ball(radius)
-    candidates = _indices_of_at_least(volume.reshape(-1), threshold)
-    candidates = _keep_winners_in_row(volume, candidates)
-    candidates = _keep_winners(volume, candidates, offsets)
-    scores = volume.reshape(-1)[candidates]
+    reach = np.maximum(radius, 3**0.5)  # the 26 voxels about a peak always count
+    side = np.minimum(reach // 3**0.5 + 1, LARGEST_BLOCK).astype(int)  # a block's diagonal is no longer than the reach
+    places = _unravel(_keep_winners(volume, _block_peaks(volume, side, reach, threshold), reach), volume.shape)
+    scores = volume[places].float()
     order = torch.argsort(scores, descending=True, stable=True)
-    candidates, scores = candidates[order], scores[order]
-    centers = torch.stack(torch.unravel_index(candidates, volume.shape), 1)
+    centers, scores = torch.stack(places, 1)[order], scores[order]
     refined = refine_centers(volume, centers, radius) if refine else centers.double()
-    return refined.cpu().numpy(), scores.float().cpu().numpy()
+    return refined.cpu().numpy(), scores.cpu().numpy()
 
 
-def _indices_of_at_least(flat: Tensor, threshold: float) -> Tensor:
-    """Return the indices of values of at least ``threshold``, slab by slab to bound memory."""
-    parts = []
-    for start in range(0, len(flat), SLAB_VOXELS):
-        mask = flat[start : start + SLAB_VOXELS] >= threshold
-        if mask.device.type == "cpu":  # NumPy finds the few True among many False several times faster
-            found = torch.from_numpy(np.flatnonzero(mask.numpy()))
-        else:
-            found = mask.nonzero()[:, 0]
-        parts.append(found + start)
-    return torch.cat(parts)
+def _block_peaks(volume: Tensor, side: NDArray[np.int_], reach: NDArray[np.float64], threshold: float) -> Tensor:
+    """Return the flat indices of the highest voxel of each block that can hold a peak."""
+    tops = _block_tops(volume, side)
+    near = _offsets_within(reach, side, side - 1)  # blocks that lie wholly within reach of any voxel of the block
+    margin = np.abs(near).max(0, initial=0)
+    padded = functional.pad(tops, [int(m) for m in margin[::-1].repeat(2)], value=-torch.inf)
+    flat = padded.reshape(-1)
+    blocks = _true_indices(flat >= threshold)
+    for step in _flat_steps(near, padded.shape):
+        blocks = blocks[flat[blocks] >= flat[blocks + step]]
+    corners = torch.stack(_unravel(blocks, padded.shape), 1) - torch.from_numpy(margin).to(volume.device)
+    corners *= torch.from_numpy(side).to(volume.device)
+    within = np.stack(np.meshgrid(*map(np.arange, side), indexing="ij"), -1).reshape(-1, 3)
+    highest = []
+    for part in corners.split(COMPARISONS_AT_ONCE // len(within)):
+        voxels = _flat_neighbours(part, within, volume.shape)  # (n, block); in memory order, so the first of equals
+        best = volume.reshape(-1)[voxels].argmax(1, keepdim=True)
+        highest.append(voxels.gather(1, best)[:, 0])
+    return torch.cat(highest)
 
 
-def _keep_winners_in_row(volume: Tensor, candidates: Tensor) -> Tensor:
-    """Return the candidates that exceed both neighbours along x: of a smooth blob, one voxel in each row.
-
-    Needs no coordinates, as candidates come in memory order: a neighbour matters if it is a candidate too, since
-    nothing below the threshold beats one.
-    """
-    if len(candidates) < 2:
-        return candidates
-    value = volume.reshape(-1)[candidates]
-    # Neighbours in memory, and not the end of one row with the start of the next.
-    adjacent = (candidates[1:] - candidates[:-1] == 1) & (candidates[1:] % volume.shape[2] != 0)
-    rises = value[1:] > value[:-1]
-    wins = torch.ones(len(candidates), dtype=torch.bool, device=candidates.device)
-    wins[1:] &= ~adjacent | rises
-    wins[:-1] &= ~(adjacent & rises)
-    return candidates[wins]
+def _block_tops(volume: Tensor, side: NDArray[np.int_]) -> Tensor:
+    """Return the maxima of blocks, ``(ceil(D / side), ...)`` float32; a slab at a time, to stay in the cache."""
+    slabs = []
+    for slab in volume.split(int(side[0])):
+        for axis in range(3):
+            slab = _tops_along(slab, axis, int(side[axis]))
+        slabs.append(slab)
+    return torch.cat(slabs).float()
 
 
-def _ball(radius: NDArray[np.float64]) -> NDArray[np.int64]:
-    """Return the ``(K, 3)`` offsets to the voxels of the ball, nearest first; the 26 about the centre are always in."""
-    reach = np.maximum(np.floor(radius).astype(int), 1)
-    grid = np.stack(np.meshgrid(*(np.arange(-side, side + 1) for side in reach), indexing="ij"), -1).reshape(-1, 3)
-    in_ball = np.square(grid / np.maximum(radius, 1e-6)).sum(1) <= 1
-    near = np.abs(grid).max(1)
-    grid = grid[(in_ball | (near == 1)) & (near > 0)]
-    return grid[np.argsort(np.square(grid).sum(1), kind="stable")]
+def _tops_along(volume: Tensor, axis: int, side: int) -> Tensor:
+    whole, rest = divmod(volume.shape[axis], side)
+    parts = volume.narrow(axis, 0, whole * side).unflatten(axis, (whole, side)).unbind(axis + 1)
+    tops = functools.reduce(torch.maximum, parts)  # on a CPU several times faster than amax
+    if not rest:
+        return tops
+    return torch.cat([tops, volume.narrow(axis, whole * side, rest).amax(axis, keepdim=True)], axis)
 
 
-def _keep_winners(volume: Tensor, candidates: Tensor, offsets: NDArray[np.int64]) -> Tensor:
-    """Return the candidates (flat indices) that no voxel at these offsets beats, in the order they come."""
-    depth, height, width = volume.shape
+def _keep_winners(volume: Tensor, candidates: Tensor, reach: NDArray[np.float64]) -> Tensor:
+    """Return the candidates (flat indices) that no voxel of the ball beats, in memory order."""
+    ball = _offsets_within(reach)
+    margin = np.abs(ball).max(0)
+    inside = torch.ones(len(candidates), dtype=torch.bool, device=volume.device)
+    for place, size, rim in zip(_unravel(candidates, volume.shape), volume.shape, margin.tolist(), strict=True):
+        inside &= (place >= rim) & (place < size - rim)
+
+    def straight(part: Tensor, offsets: NDArray[np.int64]) -> Tensor:
+        return part[:, None] + torch.tensor(_flat_steps(offsets, volume.shape), device=part.device)
+
+    def clamped(part: Tensor, offsets: NDArray[np.int64]) -> Tensor:
+        return _flat_neighbours(torch.stack(_unravel(part, volume.shape), 1), offsets, volume.shape)
+
+    deep = _keep_unbeaten(volume, candidates[inside], ball, straight)
+    shallow = _keep_unbeaten(volume, candidates[~inside], ball, clamped)
+    return torch.cat([deep, shallow]).sort().values
+
+
+def _keep_unbeaten(
+    volume: Tensor,
+    candidates: Tensor,
+    ball: NDArray[np.int64],
+    neighbours: Callable[[Tensor, NDArray[np.int64]], Tensor],
+) -> Tensor:
+    """Compare candidates with the voxels that ``neighbours`` finds for them at the ball's offsets."""
     flat = volume.reshape(-1)
-    sides = torch.tensor(volume.shape, device=flat.device)
     first = 0
-    while first < len(offsets) and len(candidates):
-        # Few offsets at a time while there are many candidates: most of them lose early.
-        count = max(1, min(len(offsets) - first, COMPARISONS_AT_ONCE // len(candidates)))
-        group = torch.from_numpy(offsets[first : first + count]).to(flat.device)
-        first += count
-        survivors = []
-        for part in candidates.split(COMPARISONS_AT_ONCE):
-            place = torch.stack(torch.unravel_index(part, volume.shape), 1)  # (n, 3)
-            other = place[:, None] + group  # (n, k, 3)
-            inside = ((other >= 0) & (other < sides)).all(2)
-            step = (group[:, 0] * height + group[:, 1]) * width + group[:, 2]
-            rival = flat[(part[:, None] + step).clamp_(0, len(flat) - 1)]
-            value = flat[part][:, None]
-            # The first of equals wins: an earlier voxel beats by being as high, a later one only by being higher.
-            beats = inside & ((rival > value) | ((rival == value) & (step < 0)))
-            survivors.append(part[~beats.any(1)])
-        candidates = torch.cat(survivors)
+    while first < len(ball) and len(candidates):
+        # The nearest few first: most candidates lose against one of them.
+        group = ball[first : 2 * first + 6]
+        first += len(group)
+        later = np.array(_flat_steps(group, volume.shape)) > 0
+        # The first of equals wins: an earlier voxel beats by being as high, a later one only by being higher.
+        for offsets, beats in ((group[later], torch.gt), (group[~later], torch.ge)):
+            survivors = []
+            for part in candidates.split(max(1, COMPARISONS_AT_ONCE // max(1, len(offsets)))):
+                others = neighbours(part, offsets)
+                highest = flat.index_select(0, others.reshape(-1)).view_as(others).amax(1)
+                survivors.append(part[~beats(highest, flat[part])])
+            candidates = torch.cat(survivors)
     return candidates
+
+
+def _offsets_within(reach: NDArray[np.float64], step: ArrayLike = 1, margin: ArrayLike = 0) -> NDArray[np.int64]:
+    """Return the ``(K, 3)`` non-zero offsets, in steps, no longer than ``reach`` with the margin; nearest first."""
+    limit = (reach // np.asarray(step)).astype(int)
+    grid = np.stack(np.meshgrid(*(np.arange(-n, n + 1) for n in limit), indexing="ij"), -1).reshape(-1, 3)
+    length = np.square((np.abs(grid) * step + margin) / reach).sum(1)
+    length[(grid == 0).all(1)] = np.inf
+    order = np.argsort(length, kind="stable")
+    return grid[order][: int((length <= 1 + 1e-9).sum())]
+
+
+def _flat_neighbours(places: Tensor, offsets: NDArray[np.int64], shape: Sequence[int]) -> Tensor:
+    """Return the flat indices ``(N, K)`` of the voxels at these offsets from ``places``, ``(N, 3)``.
+
+    What falls outside is moved to the nearest voxel inside, which lies no farther away.
+    """
+    steps = torch.from_numpy(offsets).to(places.device)
+    flat = torch.zeros((), dtype=torch.int64, device=places.device)
+    for axis, size in enumerate(shape):
+        flat = flat * size + (places[:, axis, None] + steps[:, axis]).clamp_(0, size - 1)
+    return flat
+
+
+def _flat_steps(offsets: NDArray[np.int64], shape: Sequence[int]) -> list[int]:
+    _, height, width = shape
+    return [int((z * height + y) * width + x) for z, y, x in offsets]
+
+
+def _unravel(flat: Tensor, shape: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
+    _, height, width = shape
+    return flat // (height * width), flat // width % height, flat % width
+
+
+def _true_indices(mask: Tensor) -> Tensor:
+    if mask.device.type == "cpu":  # NumPy finds the few True among many False several times faster
+        return torch.from_numpy(np.flatnonzero(mask.numpy()))
+    return mask.nonzero()[:, 0]
 
 
 def refine_centers(volume: Tensor, centers: Tensor, radius: NDArray[np.float64]) -> Tensor:

@@ -59,9 +59,7 @@ class TileGrid:
     @cached_property
     def axis_starts(self) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
         """Starts along z, y and x; the grid is their product."""
-        z, y, x = (
-            tile_starts(*sides) for sides in zip(self.volume_shape, self.tile_shape, self.stride, strict=True)
-        )
+        z, y, x = (tile_starts(*sides) for sides in zip(self.volume_shape, self.tile_shape, self.stride, strict=True))
         return z, y, x
 
     @property
@@ -76,9 +74,7 @@ class TileGrid:
 
 def check_stride(tile_shape: Shape3D, stride: Shape3D) -> None:
     """Raise `InputError` for a stride of tiles that is 0, negative or leaves gaps."""
-    if min(tile_shape) < 1 or not all(
-        1 <= step <= tile for step, tile in zip(stride, tile_shape, strict=True)
-    ):
+    if min(tile_shape) < 1 or not all(1 <= step <= tile for step, tile in zip(stride, tile_shape, strict=True)):
         raise InputError(
             "key infer.stride",
             f"1 to the tile's side along each axis, {tuple(tile_shape)}",
@@ -96,17 +92,11 @@ def axis_profile(tile: int, window: Window) -> NDArray[np.float32]:
     index = np.arange(tile)
     if window == "gaussian":
         return np.exp(-0.5 * ((index - (tile - 1) / 2) / (GAUSSIAN_WIDTH * tile)) ** 2).astype(np.float32)
-    from_edge = (
-        np.minimum(index + 0.5, tile - index - 0.5)
-        if window == "pyramid"
-        else np.minimum(index, tile - index)
-    )
+    from_edge = np.minimum(index + 0.5, tile - index - 0.5) if window == "pyramid" else np.minimum(index, tile - index)
     return (from_edge / max(from_edge.max(), 0.5)).astype(np.float32)
 
 
-def blend_window(
-    tile_shape: Shape3D, window: Window = "pyramid"
-) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+def blend_window(tile_shape: Shape3D, window: Window = "pyramid") -> tuple[NDArray[np.float32], NDArray[np.float32]]:
     """Return a tile's blending weights as a factor along z, ``(D,)``, and one in the plane, ``(H, W)``.
 
     Raises
@@ -115,9 +105,7 @@ def blend_window(
         If there is no such window.
     """
     if window not in get_args(Window):
-        raise InputError(
-            "key infer.window", f"one of {', '.join(get_args(Window))}", repr(window), "choose one"
-        )
+        raise InputError("key infer.window", f"one of {', '.join(get_args(Window))}", repr(window), "choose one")
     along_z, along_y, along_x = (axis_profile(side, window) for side in tile_shape)
     if window == "gaussian":
         return along_z, np.multiply.outer(along_y, along_x)

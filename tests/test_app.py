@@ -9,7 +9,12 @@ from czii25d.pipeline.app import read_comments, translate_flags
 
 
 def test_published_flags_become_overrides() -> None:
-    assert translate_flags(["--mode", "test", "--class_num=5", "a=b", "-m"]) == ["mode=test", "class_num=5", "a=b", "-m"]
+    assert translate_flags(["--mode", "test", "--class_num=5", "a=b", "-m"]) == [
+        "mode=test",
+        "class_num=5",
+        "a=b",
+        "-m",
+    ]
 
 
 def test_comments_are_found_by_dotted_key(tmp_path: Path) -> None:

@@ -37,7 +37,9 @@ def test_an_item_is_the_volume_and_the_heatmap_of_the_same_place(opened) -> None
         hits = [
             (run, start)
             for run, volume in enumerate(volumes)
-            for start in np.argwhere(np.isclose(np.asarray(volume.data[:-7, :-23, :-19], np.float32), image[0, 0, 0, 0]))
+            for start in np.argwhere(
+                np.isclose(np.asarray(volume.data[:-7, :-23, :-19], np.float32), image[0, 0, 0, 0])
+            )
             if np.allclose(volume.crop(tuple(int(i) for i in start), TILE), image[0])
         ]
         assert len(hits) == 1
@@ -93,9 +95,7 @@ def test_balanced_sampling_shows_each_class_alike(opened) -> None:
 
 def test_volume_without_picks_can_be_trained_on(opened) -> None:
     volumes, targets = opened
-    empty = HeatmapTarget(
-        **{**vars(targets[0]), "centers_zyx_voxel": np.empty((0, 3)), "channels": np.empty(0, int)}
-    )
+    empty = HeatmapTarget(**{**vars(targets[0]), "centers_zyx_voxel": np.empty((0, 3)), "channels": np.empty(0, int)})
     dataset = TileDataset(volumes[:1], [empty], TILE, Sampling("balanced"), OFF)
     assert dataset[0][1].abs().sum() == 0
 

@@ -237,7 +237,13 @@ def test_published_command_runs_but_for_accelerator_and_precision(work: Path) ->
 
 def test_sweep_over_folds(work: Path) -> None:
     run_script(
-        "11_train.py", "-m", *TINY, "trainer.max_epochs=1", "data.fold_id=0,2", "wandb.name=fold${data.fold_id}", cwd=work
+        "11_train.py",
+        "-m",
+        *TINY,
+        "trainer.max_epochs=1",
+        "data.fold_id=0,2",
+        "wandb.name=fold${data.fold_id}",
+        cwd=work,
     )
     folds = [load_checkpoint(work / f"saved_models/fold{fold}/best.ckpt")[1].fold for fold in (0, 2)]
     assert folds == [["TS_5_4"], ["TS_6_4"]]
@@ -260,6 +266,10 @@ def test_loss_that_stays_not_finite_stops_the_training(work: Path) -> None:
 
 
 def test_learning_lowers_the_loss(work: Path) -> None:
-    train(compose("trainer.max_epochs=6", "data.sampling.kind=balanced", "data.sampling.samples_per_epoch=16", "loss.mixup=0"))
+    train(
+        compose(
+            "trainer.max_epochs=6", "data.sampling.kind=balanced", "data.sampling.samples_per_epoch=16", "loss.mixup=0"
+        )
+    )
     losses = [float(row["train/loss"]) for row in csv.DictReader((work / "saved_models/tiny/metrics.csv").open())]
     assert np.mean(losses[-2:]) < 0.7 * losses[0]

@@ -81,9 +81,7 @@ class Pose:
         tile
             ``tile_shape``, float32.
         """
-        corners = np.array([(z, y, x) for z in (0, 1) for y in (0, 1) for x in (0, 1)]) * (
-            np.array(tile_shape) - 1
-        )
+        corners = np.array([(z, y, x) for z in (0, 1) for y in (0, 1) for x in (0, 1)]) * (np.array(tile_shape) - 1)
         corners = self.to_tomogram(corners, tile_shape)
         low = np.floor(corners.min(0) + 1e-6).astype(int)
         high = np.ceil(corners.max(0) - 1e-6).astype(int) + 1
@@ -97,9 +95,7 @@ class Pose:
         if self.angle == 0 and self.scale == 1 and box.shape == tuple(tile_shape):
             return np.ascontiguousarray(box[:: -1 if self.flip_z else 1, :, :: -1 if self.flip_x else 1])
         # The pose never mixes z with the plane, so the slices are channels of one 2D resampling ...
-        plane = np.stack(
-            np.meshgrid(*(np.arange(side) for side in tile_shape[1:]), indexing="ij"), -1
-        ).reshape(-1, 2)
+        plane = np.stack(np.meshgrid(*(np.arange(side) for side in tile_shape[1:]), indexing="ij"), -1).reshape(-1, 2)
         points = np.concatenate([np.zeros((len(plane), 1)), plane], 1)
         source_yx = self.to_tomogram(points, tile_shape)[:, 1:] - low[1:]
         sides = np.array(box.shape[1:])
@@ -169,11 +165,7 @@ class Augmentation:
         change, noise = rng.random(2) < (self.contrast_prob, self.noise_prob)
         if change:
             factor = 1 + rng.uniform(-self.contrast_range, self.contrast_range)
-            tile = tile * np.float32(factor) + np.float32(
-                rng.uniform(-self.brightness_range, self.brightness_range)
-            )
+            tile = tile * np.float32(factor) + np.float32(rng.uniform(-self.brightness_range, self.brightness_range))
         if noise:
-            tile = tile + rng.standard_normal(tile.shape, np.float32) * np.float32(
-                rng.uniform(0, self.noise_range)
-            )
+            tile = tile + rng.standard_normal(tile.shape, np.float32) * np.float32(rng.uniform(0, self.noise_range))
         return tile

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import lightning as L
 from torch.utils.data import DataLoader
@@ -38,9 +39,7 @@ def split_runs(
     """
     if len(set(names)) != len(names):
         twice = sorted({name for name in names if list(names).count(name) > 1})
-        raise InputError(
-            "key data.runs", "each run once", f"{', '.join(twice)} twice", "remove the repetition"
-        )
+        raise InputError("key data.runs", "each run once", f"{', '.join(twice)} twice", "remove the repetition")
     if train_all:
         return list(names), []
     if isinstance(fold_id, int) and not isinstance(fold_id, bool):
@@ -52,14 +51,14 @@ def split_runs(
                 "choose one of these positions, or a run's name",
             )
         held_out = [names[fold_id]]
+    elif isinstance(fold_id, str):
+        held_out = [fold_id]
     else:
-        held_out = [fold_id] if isinstance(fold_id, str) else list(fold_id)
+        held_out = list(fold_id) if isinstance(fold_id, Sequence) else [str(fold_id)]
     for name in held_out:
         if name not in names:
             hint = did_you_mean(str(name), names)
-            raise InputError(
-                "key data.fold_id", f"one of {', '.join(names)}", f"{name!r}{hint}", "correct the name"
-            )
+            raise InputError("key data.fold_id", f"one of {', '.join(names)}", f"{name!r}{hint}", "correct the name")
     trained = [name for name in names if name not in held_out]
     if not trained:
         raise InputError(
@@ -110,9 +109,7 @@ class TomogramDataModule(L.LightningDataModule):
             return [
                 (
                     open_volume(volumes_dir / name, normalization),
-                    check_target(
-                        open_target(heatmaps_dir / f"{name}.zarr"), particles, heatmaps_dir / f"{name}.zarr"
-                    ),
+                    check_target(open_target(heatmaps_dir / f"{name}.zarr"), particles, heatmaps_dir / f"{name}.zarr"),
                 )
                 for name in names
             ]
@@ -128,9 +125,7 @@ class TomogramDataModule(L.LightningDataModule):
                 )
         self.voxel_spacing = train[0][0].voxel_spacing
         for volume, target in (*train, *self.held_out):
-            ratio = max(
-                max(a / b, b / a) for a, b in zip(volume.voxel_spacing, self.voxel_spacing, strict=True)
-            )
+            ratio = max(max(a / b, b / a) for a, b in zip(volume.voxel_spacing, self.voxel_spacing, strict=True))
             if ratio > 1.05:
                 raise InputError(
                     f"run {target.run}",
@@ -157,8 +152,7 @@ class TomogramDataModule(L.LightningDataModule):
             sampler=EpochSampler(len(self.dataset), self.seed, rank, world_size),
             num_workers=self.num_workers,
             persistent_workers=self.num_workers > 0,
-            pin_memory=self.trainer is not None
-            and self.trainer.accelerator.__class__.__name__ == "CUDAAccelerator",
+            pin_memory=self.trainer is not None and self.trainer.accelerator.__class__.__name__ == "CUDAAccelerator",
             drop_last=len(self.dataset) // world_size >= self.batch_size,
         )
 
@@ -167,7 +161,8 @@ class TomogramDataModule(L.LightningDataModule):
         world_size = self.trainer.world_size if self.trainer else 1
         rank = self.trainer.global_rank if self.trainer else 0
         mine = range(len(self.held_out))[rank::world_size]
-        return DataLoader(list(mine), batch_size=None) if self.held_out else []
+        positions: Any = list(mine)
+        return DataLoader(positions, batch_size=None) if self.held_out else []
 
 
 def check_target(target: HeatmapTarget, particles: ParticleSet, where: Path) -> HeatmapTarget:

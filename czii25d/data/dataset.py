@@ -84,11 +84,11 @@ class TileDataset(Dataset[tuple[Tensor, Tensor]]):
             augmentation,
             seed,
         )
-        stride = tuple(max(1, side // 2) for side in tile_shape)
+        d, h, w = (max(1, side // 2) for side in tile_shape)
         self._grid = [
             (run, start)
             for run, volume in enumerate(volumes)
-            for start in TileGrid(volume.data.shape, tile_shape, stride).starts
+            for start in TileGrid(volume.shape, tile_shape, (d, h, w)).starts
         ]
         channels = [np.unique(target.channels) for target in targets]
         self._present = np.unique(np.concatenate(channels)) if channels else np.empty(0, int)

@@ -6,6 +6,7 @@ import logging
 import os
 import re
 import sys
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -40,11 +41,17 @@ def run(function: Callable[[DictConfig], Any], config_name: str) -> None:
         return
     set_up_logging()
     os.environ["HYDRA_FULL_ERROR"] = "1"  # let exceptions come here rather than be printed by Hydra
-    logging.getLogger("hydra").setLevel(logging.CRITICAL)  # it would announce a job's exception before we do
     sys.argv = [sys.argv[0], *argv, f"hydra.job.name={config_name}"]
-    try:
+    with one_line_errors(config_name):
         decorate = hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name=config_name)
         decorate(_Checked(function, config_name))()
+
+
+@contextmanager
+def one_line_errors(config_name: str) -> Iterator[None]:
+    """Print what the user can mend as one line and exit; let everything else through."""
+    try:
+        yield
     except (InputError, HydraException, OmegaConfBaseException, OSError) as error:
         if os.environ.get("CZII25D_TRACEBACK"):
             raise
@@ -66,8 +73,9 @@ class _Checked:
 
     def __call__(self, cfg: DictConfig) -> Any:
         set_up_logging()  # once more: a launcher may have started a fresh process
-        check_value_types(cfg, load_defaults(self.config_name))
-        return self.function(cfg)
+        with one_line_errors(self.config_name):  # here, before Hydra adds lines of its own
+            check_value_types(cfg, load_defaults(self.config_name))
+            return self.function(cfg)
 
 
 def translate_flags(argv: Sequence[str]) -> list[str]:
@@ -132,13 +140,9 @@ def explain(error: Exception, config_name: str) -> str:
     text = " ".join(f"{error} {error.__cause__ or ''}".split())
     if match := re.search(r"Could not override '([^']+)'", text) or re.search(r"full_key: (\S+)", text):
         key = match[1]
-        known = [
-            name for name, _ in leaves(OmegaConf.to_container(load_defaults(config_name), resolve=False))
-        ]
+        known = [name for name, _ in leaves(OmegaConf.to_container(load_defaults(config_name), resolve=False))]
         hint = did_you_mean(key, known)
-        return (
-            f"key {key}: expected a key of conf/{config_name}.yaml, found none of that name{hint}; see --help"
-        )
+        return f"key {key}: expected a key of conf/{config_name}.yaml, found none of that name{hint}; see --help"
     return f"{text}; see --help"
 
 
@@ -163,15 +167,13 @@ def print_help(description: str, config_name: str) -> None:
     """Print what a script does and every key it takes: default and explanation."""
     defaults = load_defaults(config_name)
     comments = read_comments(conf_dir() / f"{config_name}.yaml")
-    for group in defaults:
-        for path in sorted((conf_dir() / str(group)).glob("*.yaml"), key=lambda p: p.stem != "default"):
+    for group in map(str, dict(defaults)):
+        for path in sorted((conf_dir() / group).glob("*.yaml"), key=lambda p: p.stem != "default"):
             for key, comment in read_comments(path).items():
                 comments.setdefault(f"{group}.{key}", comment)
     console = Console(highlight=False)
     console.print(description.strip(), markup=False)
-    console.print(
-        "\nOverride a key with key=value; sweep with -m key=a,b; choose another group with group=name:"
-    )
+    console.print("\nOverride a key with key=value; sweep with -m key=a,b; choose another group with group=name:")
     for folder in sorted(path for path in conf_dir().iterdir() if path.is_dir()):
         names = sorted(path.stem for path in folder.glob("*.yaml"))
         if len(names) > 1 and (folder.name in defaults or folder.name == "experiment"):

@@ -63,13 +63,16 @@ def predict(cfg: DictConfig) -> pd.DataFrame:
         "options": {key: value for key, value in asdict(options).items() if key != "batch_size"},
         "dtype": str(predictor.dtype),
     }
-    frames, rows = [], []
+    frames: list[pd.DataFrame] = []
+    rows: list[Mapping[str, Any]] = []
     with progress_bar() as bar:
         task = bar.add_task("predicting", total=len(folders))
         for folder in folders:
             part = results / "runs" / f"{folder.name}.{digest(recipe | {'volume': volume_id(folder)})}.csv"
-            picks, row = (read_picks_csv(part, scored=True), {}) if part.is_file() else (None, {})
-            if picks is None:
+            row: Mapping[str, float] = {}
+            if part.is_file():
+                picks = read_picks_csv(part, scored=True)
+            else:
                 tiles = bar.add_task(folder.name, total=None)
                 picks, row = pick_run(
                     folder,
@@ -131,11 +134,7 @@ def find_checkpoints(given: Any) -> list[Path]:
     paths: list[Path] = []
     for name in names:
         path = Path(str(name))
-        found = (
-            sorted(p for p in path.iterdir() if p.suffix in (".ckpt", ".safetensors"))
-            if path.is_dir()
-            else [path]
-        )
+        found = sorted(p for p in path.iterdir() if p.suffix in (".ckpt", ".safetensors")) if path.is_dir() else [path]
         if path.is_dir() and any(p.name == "best.ckpt" for p in found):
             found = [path / "best.ckpt"]  # of one training, the chosen one
         if not found or not all(p.is_file() for p in found):
@@ -173,9 +172,7 @@ def agree(cards: Sequence[ModelCard], paths: Sequence[Path]) -> tuple[ModelCard,
             ),
         ):
             if own != common:
-                raise InputError(
-                    path, f"the {what} of {paths[0].name}, {common}", str(own), "predict them separately"
-                )
+                raise InputError(path, f"the {what} of {paths[0].name}, {common}", str(own), "predict them separately")
     return first, [[list(card.particles).index(name) for name in names] for card in cards]
 
 
@@ -190,10 +187,8 @@ def inference_options(
             raise InputError("key infer.overlap", "a share from 0 to below 1", str(infer.overlap), "lower it")
         d, h, w = (max(1, round(side * (1 - infer.overlap))) for side in tile)
         stride = (d, h, w)
-    radius = (
-        OmegaConf.to_container(infer.nms_radius)
-        if isinstance(infer.nms_radius, DictConfig)
-        else infer.nms_radius
+    radius: Any = (
+        OmegaConf.to_container(infer.nms_radius) if isinstance(infer.nms_radius, DictConfig) else infer.nms_radius
     )
     return InferenceOptions(
         tile,
@@ -221,13 +216,10 @@ def choose_thresholds(given: Any, cards: Sequence[ModelCard], particles: Particl
     """Return each particle's threshold: what the key says, else the mean of the checkpoints', else the default."""
     known = [card.thresholds for card in cards if card.thresholds]
     thresholds = {
-        name: sum(each[name] for each in known) / len(known) if known else DEFAULT_THRESHOLD
-        for name in particles.names
+        name: sum(each[name] for each in known) / len(known) if known else DEFAULT_THRESHOLD for name in particles.names
     }
     if not known and given is None:
-        logger.info(
-            "no checkpoint holds thresholds: %g for every particle; set thresholds=...", DEFAULT_THRESHOLD
-        )
+        logger.info("no checkpoint holds thresholds: %g for every particle; set thresholds=...", DEFAULT_THRESHOLD)
     if isinstance(given, int | float):
         return dict.fromkeys(particles.names, float(given))
     for name, value in (given or {}).items():
@@ -254,19 +246,13 @@ def find_volumes(split: Path, names: Sequence[str] | None) -> list[Path]:
     return [folders[name] for name in names] if names is not None else list(folders.values())
 
 
-def create_predictor(
-    infer: DictConfig, members: Sequence[nn.Module], channels: list[list[int]]
-) -> TorchPredictor:
+def create_predictor(infer: DictConfig, members: Sequence[nn.Module], channels: list[list[int]]) -> TorchPredictor:
     """Put the networks on the device that ``infer.device`` and ``infer.precision`` ask for."""
     device, precision = str(infer.device), str(infer.precision)
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    if not device.startswith(("cpu", "cuda")) or (
-        device.startswith("cuda") and not torch.cuda.is_available()
-    ):
-        raise InputError(
-            "key infer.device", "auto, cpu, or a GPU that torch sees", device, "set infer.device=cpu"
-        )
+    if not device.startswith(("cpu", "cuda")) or (device.startswith("cuda") and not torch.cuda.is_available()):
+        raise InputError("key infer.device", "auto, cpu, or a GPU that torch sees", device, "set infer.device=cpu")
     if precision == "auto":
         on_gpu = device.startswith("cuda")
         precision = ("bf16" if torch.cuda.is_bf16_supported() else "fp16") if on_gpu else "fp32"
@@ -277,11 +263,7 @@ def create_predictor(
 
 def volume_id(folder: Path) -> str:
     """Tell one version of a volume from another without reading its voxels."""
-    return (
-        hashlib.sha256((folder / "meta.json").read_bytes()).hexdigest()
-        if (folder / "meta.json").is_file()
-        else ""
-    )
+    return hashlib.sha256((folder / "meta.json").read_bytes()).hexdigest() if (folder / "meta.json").is_file() else ""
 
 
 def digest(recipe: Mapping[str, Any]) -> str:

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 import pandas as pd
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 from rich.console import Console
 from rich.table import Table
 
@@ -25,15 +25,13 @@ def score_submission(cfg: DictConfig) -> float:
     score
         The competition's number.
     """
-    particles = ParticleSet.from_config(OmegaConf.to_container(cfg.particles))  # type: ignore[arg-type]
+    particles = ParticleSet.from_config(cfg.particles)
     submission, solution = read_picks_csv(cfg.submission), read_picks_csv(cfg.solution)
     if cfg.runs is not None:
         unknown = set(cfg.runs) - set(solution["run"])
         if unknown:
             known = ", ".join(sorted(solution["run"].unique()))
-            raise InputError(
-                "key runs", f"runs of the solution ({known})", ", ".join(sorted(unknown)), "correct them"
-            )
+            raise InputError("key runs", f"runs of the solution ({known})", ", ".join(sorted(unknown)), "correct them")
         solution = solution[solution["run"].isin(list(cfg.runs))]
     if not set(submission["run"]) & set(solution["run"]) and len(submission):
         raise InputError(
@@ -47,21 +45,21 @@ def score_submission(cfg: DictConfig) -> float:
     Console().print(as_rich_table(table, title, f"F{cfg.beta:g}"))
     with write_aside(Path(cfg.submission).with_name("score.json")) as partial:
         partial.write_text(json.dumps(table.to_dict(orient="index"), indent=2))
-    return float(table.loc["total", "fbeta"])
+    return float(table["fbeta"]["total"])
 
 
 def as_rich_table(evaluation: pd.DataFrame, title: str, score_name: str) -> Table:
     """Lay out what `evaluate` returns within 80 columns."""
     table = Table(title=title, title_justify="left", box=None, header_style="bold", pad_edge=False)
-    table.add_column("particle")
+    table.add_column("particle", no_wrap=True)
     for name in (score_name, "precision", "recall", "hits", "references", "picks", "weight"):
         table.add_column(name, justify="right")
-    for name, row in evaluation.iterrows():
+    for label, row in evaluation.iterrows():
         table.add_row(
-            str(name),
+            str(label),
             *(f"{row[key]:.3f}" for key in ("fbeta", "precision", "recall")),
             *(f"{row[key]:.0f}" for key in ("hits", "references", "picks")),
             f"{row['weight']:g}",
-            style="bold" if name == "total" else None,
+            style="bold" if label == "total" else None,
         )
     return table

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import inspect
 import logging
 import netrc
@@ -19,8 +20,8 @@ import torch
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint, RichProgressBar
 from lightning.pytorch.loggers import Logger, WandbLogger
 from omegaconf import DictConfig, OmegaConf
-from timm.optim import create_optimizer_v2, list_optimizers
-from timm.scheduler import create_scheduler_v2
+from timm.optim._optim_factory import create_optimizer_v2, list_optimizers
+from timm.scheduler.scheduler_factory import create_scheduler_v2
 
 from czii25d.data.augment import Augmentation
 from czii25d.data.datamodule import TomogramDataModule, split_runs
@@ -52,14 +53,14 @@ def train(cfg: DictConfig) -> dict[str, float]:
     folder = Path(cfg.paths.saved_models) / cfg.wandb.name
     checkpoint = find_checkpoint(cfg, folder)
     L.seed_everything(cfg.seed, workers=True, verbose=False)
-    particles = ParticleSet.from_config(OmegaConf.to_container(cfg.particles)).first(cfg.model.class_num)
+    particles = ParticleSet.from_config(cfg.particles).first(cfg.model.class_num)
     data = create_data(cfg, particles)
     trained, held_out = [v.name for v in data.dataset.volumes], [volume.name for volume, _ in data.held_out]
     module = create_module(cfg, data, particles)
-    logger.info(
-        "%s: training on %s; held out: %s", cfg.wandb.name, ", ".join(trained), ", ".join(held_out) or "none"
-    )
+    logger.info("%s: training on %s; held out: %s", cfg.wandb.name, ", ".join(trained), ", ".join(held_out) or "none")
     trainer = create_trainer(cfg, folder, judged=bool(held_out))
+    if trainer.strategy.root_device.type == "cpu":
+        keep_freed_memory()
     if trainer.is_global_zero and not cfg.trainer.fast_dev_run:
         if cfg.resume is False and folder.exists():  # only now that everything else is known to be right
             shutil.rmtree(folder)
@@ -75,7 +76,7 @@ def train(cfg: DictConfig) -> dict[str, float]:
         raise KeyboardInterrupt
     metrics = {key: float(value) for key, value in trainer.callback_metrics.items()}
     if "val/fbeta" in metrics and trainer.is_global_zero:
-        best = trainer.checkpoint_callback.best_model_score if trainer.checkpoint_callback else None
+        best = getattr(trainer.checkpoint_callback, "best_model_score", None)
         shown = metrics["val/fbeta"] if best is None else float(best)
         logger.info("best weighted F4 on the held-out runs: %.4f; checkpoints in %s", shown, folder)
     return metrics
@@ -88,9 +89,7 @@ def create_data(cfg: DictConfig, particles: ParticleSet) -> TomogramDataModule:
     if names is None:
         names = sorted(path.name for path in volumes.glob("[!.]*") if path.is_dir())
         if not names:
-            raise InputError(
-                volumes, "volumes of the training runs", "none", "run 01_create_dataset.py first"
-            )
+            raise InputError(volumes, "volumes of the training runs", "none", "run 01_create_dataset.py first")
     fold_id = cfg.data.fold_id
     train_runs, held_out = split_runs(
         list(names), fold_id if isinstance(fold_id, int | str) else list(fold_id), cfg.data.train_all
@@ -159,16 +158,18 @@ def create_module(cfg: DictConfig, data: TomogramDataModule, particles: Particle
 def optimizer_factory(cfg: DictConfig) -> Any:
     """Return ``module -> optimizer`` for one of timm's optimizers."""
     name = str(cfg.opt.opt).lower()
-    if name not in list_optimizers():
+    known = [str(optimizer) for optimizer in list_optimizers()]
+    if name not in known:
         raise InputError(
             "key opt.opt",
             "an optimizer of timm",
-            f"'{cfg.opt.opt}'{did_you_mean(name, list_optimizers())}",
+            f"'{cfg.opt.opt}'{did_you_mean(name, known)}",
             "choose one",
         )
     if cfg.opt.lr <= 0:
         raise InputError("key opt.lr", "a learning rate above 0", str(cfg.opt.lr), "raise it")
-    return partial(create_optimizer_v2, opt=name, lr=cfg.opt.lr, weight_decay=cfg.opt.weight_decay)
+    fused = {"fused": True} if name in ("adam", "adamw") else {}  # one pass over the weights instead of many
+    return partial(create_optimizer_v2, opt=name, lr=cfg.opt.lr, weight_decay=cfg.opt.weight_decay, **fused)
 
 
 def create_schedule(cfg: DictConfig, optimizer: torch.optim.Optimizer, updates_per_epoch: int) -> Any:
@@ -194,13 +195,9 @@ def create_schedule(cfg: DictConfig, optimizer: torch.optim.Optimizer, updates_p
 def create_trainer(cfg: DictConfig, folder: Path, judged: bool) -> L.Trainer:
     """Build Lightning's trainer with our callbacks; ``judged`` runs also keep the checkpoint with the highest F4."""
     arguments: dict[str, Any] = OmegaConf.to_container(cfg.trainer)  # type: ignore[assignment]
-    on_cpu = arguments["accelerator"] == "cpu" or (
-        arguments["accelerator"] == "auto" and not torch.cuda.is_available()
-    )
+    on_cpu = arguments["accelerator"] == "cpu" or (arguments["accelerator"] == "auto" and not torch.cuda.is_available())
     if arguments["accelerator"] in ("gpu", "cuda") and not torch.cuda.is_available():
-        raise InputError(
-            "key trainer.accelerator", "a GPU that torch sees", "none", "set trainer.accelerator=cpu"
-        )
+        raise InputError("key trainer.accelerator", "a GPU that torch sees", "none", "set trainer.accelerator=cpu")
     if on_cpu and isinstance(arguments["devices"], list):
         arguments["devices"] = len(arguments["devices"])  # a CPU has processes, not device numbers
     if on_cpu and arguments["devices"] == "auto":
@@ -221,9 +218,7 @@ def create_trainer(cfg: DictConfig, folder: Path, judged: bool) -> L.Trainer:
                 enable_version_counter=False,
             )
         )
-    callbacks.append(
-        ModelCheckpoint(folder, "last", save_on_train_epoch_end=True, enable_version_counter=False)
-    )
+    callbacks.append(ModelCheckpoint(folder, "last", save_on_train_epoch_end=True, enable_version_counter=False))
     try:
         return L.Trainer(
             **arguments,
@@ -233,9 +228,20 @@ def create_trainer(cfg: DictConfig, folder: Path, judged: bool) -> L.Trainer:
             use_distributed_sampler=False,  # EpochSampler and the validation loader deal out the samples themselves
         )
     except (TypeError, ValueError) as error:
-        raise InputError(
-            "keys trainer.*", "arguments of lightning.Trainer", str(error), "correct them"
-        ) from None
+        raise InputError("keys trainer.*", "arguments of lightning.Trainer", str(error), "correct them") from None
+
+
+def keep_freed_memory() -> None:
+    """Ask glibc to keep freed memory rather than give it back to the system after every step.
+
+    Activations of tens of megabytes otherwise cost a page fault for every 4 kB of every step: a third of the time of
+    a training on a CPU. Without effect where there is no glibc.
+    """
+    m_trim_threshold, m_mmap_threshold = -1, -3  # malloc.h
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "mallopt"):
+        libc.mallopt(m_mmap_threshold, 2**30)
+        libc.mallopt(m_trim_threshold, 2**31 - 1)
 
 
 def create_logger(cfg: DictConfig) -> Logger | bool:

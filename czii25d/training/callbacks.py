@@ -51,9 +51,7 @@ class EpochLog(L.Callback):
         row = {"epoch": trainer.current_epoch, "step": trainer.global_step, "seconds": round(seconds, 2)}
         row |= {key.removesuffix("_epoch"): value for key, value in sorted(values.items())}
         validated = pl_module.trainer.check_val_every_n_epoch
-        if (
-            validated and (trainer.current_epoch + 1) % validated
-        ):  # callback_metrics still hold the last validation's
+        if validated and (trainer.current_epoch + 1) % validated:  # callback_metrics still hold the last validation's
             row = {key: value for key, value in row.items() if not key.startswith("val/")}
         self.rows.append(row)
         if not trainer.is_global_zero:
@@ -67,9 +65,7 @@ class EpochLog(L.Callback):
         left = (now - self._start) / (done - self._first_epoch) * max(0, total - done)
         fbeta = f" · F4 {row['val/fbeta']:.4f} (held out)" if "val/fbeta" in row else ""
         loss = row.get("train/loss", float("nan"))
-        logger.info(
-            "epoch %d/%d · loss %.5f%s · %.0f s · %s left", done, total, loss, fbeta, seconds, duration(left)
-        )
+        logger.info("epoch %d/%d · loss %.5f%s · %.0f s · %s left", done, total, loss, fbeta, seconds, duration(left))
 
 
 class StopWhenNotFinite(L.Callback):

@@ -9,7 +9,7 @@ from typing import Any
 import lightning as L
 import pandas as pd
 import torch
-from timm.utils import ModelEmaV3
+from timm.utils.model_ema import ModelEmaV3
 from torch import Tensor, nn
 
 from czii25d.data.targets import HeatmapTarget
@@ -68,9 +68,7 @@ class HeatmapModule(L.LightningModule):
     ) -> None:
         super().__init__()
         self.model = model
-        self.model_ema = (
-            ModelEmaV3(model, decay=ema_decay, use_warmup=ema_warmup) if ema_decay is not None else None
-        )
+        self.model_ema = ModelEmaV3(model, decay=ema_decay, use_warmup=ema_warmup) if ema_decay is not None else None
         self.card, self.loss, self.mixer = card, loss, mixer
         self.create_optimizer, self.create_scheduler = create_optimizer, create_scheduler
         self.held_out, self.options = held_out, options
@@ -118,7 +116,7 @@ class HeatmapModule(L.LightningModule):
             self._averaged_step = self.trainer.global_step
             self.model_ema.update(self.model, step=self._averaged_step)
 
-    def configure_optimizers(self) -> dict[str, Any]:
+    def configure_optimizers(self) -> Any:
         """Return optimizer and scheduler, stepped once per optimizer step."""
         optimizer = self.create_optimizer(self.model)
         epochs = max(1, self.trainer.max_epochs or 1)
@@ -145,10 +143,10 @@ class HeatmapModule(L.LightningModule):
         self._picks.append((position, picks.assign(run=target.run)))
 
     def on_validation_epoch_end(self) -> None:
-        """Score the picks of all processes together: once at thresholds fitted on them, once at one for all.
+        """Score the picks of all processes together: at thresholds fitted on them, and at the ones before.
 
-        ``val/fbeta`` is optimistic, its thresholds having seen the tomogram they are judged on; ``val/fbeta_fixed``
-        uses the thresholds of the validation before (0.5 for the first), which have not been fitted to this one's scores.
+        ``val/fbeta`` is optimistic, its thresholds having seen the tomogram they are judged on;
+        ``val/fbeta_fixed`` uses the thresholds of the validation before (0.5 for the first).
         """
         gathered = self._picks
         if self.trainer.world_size > 1:
@@ -157,22 +155,18 @@ class HeatmapModule(L.LightningModule):
             gathered = [item for share in shares for item in share]
         if not gathered:
             return
-        picks = pd.concat(
-            [frame for _, frame in sorted(gathered, key=lambda item: item[0])], ignore_index=True
-        )
+        picks = pd.concat([frame for _, frame in sorted(gathered, key=lambda item: item[0])], ignore_index=True)
         solution = pd.concat([target.picks() for _, target in self.held_out], ignore_index=True)
         before = self.card.thresholds or dict.fromkeys(self.particles.names, 0.5)
         thresholds = fit_thresholds(solution, picks, self.particles).thresholds
         self.card = replace(self.card, thresholds=thresholds)
         self.table = self._evaluate(solution, picks, thresholds)
-        values = {f"val/fbeta/{name}": self.table.loc[name, "fbeta"] for name in self.particles.names}
-        values["val/fbeta"] = self.table.loc["total", "fbeta"]
-        values["val/fbeta_fixed"] = self._evaluate(solution, picks, before).loc["total", "fbeta"]
+        values = {f"val/fbeta/{name}": self.table["fbeta"][name] for name in self.particles.names}
+        values["val/fbeta"] = self.table["fbeta"]["total"]
+        values["val/fbeta_fixed"] = self._evaluate(solution, picks, before)["fbeta"]["total"]
         self.log_dict({key: float(value) for key, value in values.items()}, rank_zero_only=False)
 
-    def _evaluate(
-        self, solution: pd.DataFrame, picks: pd.DataFrame, thresholds: dict[str, float]
-    ) -> pd.DataFrame:
+    def _evaluate(self, solution: pd.DataFrame, picks: pd.DataFrame, thresholds: dict[str, float]) -> pd.DataFrame:
         kept = picks[picks["score"].to_numpy() >= picks["particle"].map(thresholds).to_numpy(float)]
         return evaluate(solution, kept if len(kept) else empty_picks(), particles=self.particles)
 
