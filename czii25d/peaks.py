@@ -49,6 +49,7 @@ def find_peaks(
         Of each class: centres ``(N, 3)`` z y x, float64, and scores ``(N,)`` float32, best first.
     """
     heatmap = torch.as_tensor(heatmap)
+    heatmap = heatmap if heatmap.is_floating_point() else heatmap.float()
     class_num = len(heatmap)
     radii = np.asarray(radius_voxel, np.float64)
     radii = np.broadcast_to(radii[:, None] if radii.ndim == 1 else radii, (class_num, 3))
@@ -82,12 +83,13 @@ def _block_peaks(volume: Tensor, side: NDArray[np.int_], reach: NDArray[np.float
         blocks = blocks[flat[blocks] >= flat[blocks + step]]
     corners = torch.stack(_unravel(blocks, padded.shape), 1) - torch.from_numpy(margin).to(volume.device)
     corners *= torch.from_numpy(side).to(volume.device)
-    within = np.stack(np.meshgrid(*map(np.arange, side), indexing="ij"), -1).reshape(-1, 3)
+    within = torch.cartesian_prod(*(torch.arange(n, device=volume.device) for n in side.tolist()))
+    last = torch.tensor(volume.shape, device=volume.device) - 1
     highest = []
     for part in corners.split(COMPARISONS_AT_ONCE // len(within)):
-        voxels = _flat_neighbours(part, within, volume.shape)  # (n, block); in memory order, so the first of equals
-        best = volume.reshape(-1)[voxels].argmax(1, keepdim=True)
-        highest.append(voxels.gather(1, best)[:, 0])
+        z, y, x = torch.minimum(part[:, None] + within, last).unbind(2)  # (n, block)
+        best = volume[z, y, x].argmax(1, keepdim=True)  # the first of equals, in memory order
+        highest.append(((z * volume.shape[1] + y) * volume.shape[2] + x).gather(1, best)[:, 0])
     return torch.cat(highest)
 
 
@@ -112,20 +114,24 @@ def _tops_along(volume: Tensor, axis: int, side: int) -> Tensor:
 
 def _keep_winners(volume: Tensor, candidates: Tensor, reach: NDArray[np.float64]) -> Tensor:
     """Return the candidates (flat indices) that no voxel of the ball beats, in memory order."""
-    ball = _offsets_within(reach)
+    flat, ball = volume.reshape(-1), _offsets_within(reach)
     margin = np.abs(ball).max(0)
     inside = torch.ones(len(candidates), dtype=torch.bool, device=volume.device)
     for place, size, rim in zip(_unravel(candidates, volume.shape), volume.shape, margin.tolist(), strict=True):
         inside &= (place >= rim) & (place < size - rim)
 
     def straight(part: Tensor, offsets: NDArray[np.int64]) -> Tensor:
-        return part[:, None] + torch.tensor(_flat_steps(offsets, volume.shape), device=part.device)
+        steps = torch.tensor(_flat_steps(offsets, volume.shape), device=part.device)
+        others = part[:, None] + steps
+        return flat.index_select(0, others.reshape(-1)).view_as(others)
 
-    def clamped(part: Tensor, offsets: NDArray[np.int64]) -> Tensor:
-        return _flat_neighbours(torch.stack(_unravel(part, volume.shape), 1), offsets, volume.shape)
+    def bounded(part: Tensor, offsets: NDArray[np.int64]) -> Tensor:
+        others = torch.stack(_unravel(part, volume.shape), 1)[:, None] + torch.from_numpy(offsets).to(part.device)
+        outside = ((others < 0) | (others >= torch.tensor(volume.shape, device=part.device))).any(2)
+        return volume[tuple(others.masked_fill_(outside[..., None], 0).unbind(2))].masked_fill_(outside, -torch.inf)
 
     deep = _keep_unbeaten(volume, candidates[inside], ball, straight)
-    shallow = _keep_unbeaten(volume, candidates[~inside], ball, clamped)
+    shallow = _keep_unbeaten(volume, candidates[~inside], ball, bounded)
     return torch.cat([deep, shallow]).sort().values
 
 
@@ -133,23 +139,23 @@ def _keep_unbeaten(
     volume: Tensor,
     candidates: Tensor,
     ball: NDArray[np.int64],
-    neighbours: Callable[[Tensor, NDArray[np.int64]], Tensor],
+    rivals: Callable[[Tensor, NDArray[np.int64]], Tensor],
 ) -> Tensor:
-    """Compare candidates with the voxels that ``neighbours`` finds for them at the ball's offsets."""
+    """Compare candidates with their ``rivals``, ``(n, k)`` values at ``k`` of the ball's offsets."""
     flat = volume.reshape(-1)
     first = 0
     while first < len(ball) and len(candidates):
         # The nearest few first: most candidates lose against one of them.
-        group = ball[first : 2 * first + 6]
+        group = np.unique(ball[first : 2 * first + 6], axis=0)  # in memory order, which is faster
         first += len(group)
-        later = np.array(_flat_steps(group, volume.shape)) > 0
+        later = np.array([tuple(offset) > (0, 0, 0) for offset in group.tolist()])
         # The first of equals wins: an earlier voxel beats by being as high, a later one only by being higher.
         for offsets, beats in ((group[later], torch.gt), (group[~later], torch.ge)):
+            if not len(offsets):
+                continue
             survivors = []
-            for part in candidates.split(max(1, COMPARISONS_AT_ONCE // max(1, len(offsets)))):
-                others = neighbours(part, offsets)
-                highest = flat.index_select(0, others.reshape(-1)).view_as(others).amax(1)
-                survivors.append(part[~beats(highest, flat[part])])
+            for part in candidates.split(max(1, COMPARISONS_AT_ONCE // len(offsets))):
+                survivors.append(part[~beats(rivals(part, offsets).amax(1), flat[part])])
             candidates = torch.cat(survivors)
     return candidates
 
@@ -162,18 +168,6 @@ def _offsets_within(reach: NDArray[np.float64], step: ArrayLike = 1, margin: Arr
     length[(grid == 0).all(1)] = np.inf
     order = np.argsort(length, kind="stable")
     return grid[order][: int((length <= 1 + 1e-9).sum())]
-
-
-def _flat_neighbours(places: Tensor, offsets: NDArray[np.int64], shape: Sequence[int]) -> Tensor:
-    """Return the flat indices ``(N, K)`` of the voxels at these offsets from ``places``, ``(N, 3)``.
-
-    What falls outside is moved to the nearest voxel inside, which lies no farther away.
-    """
-    steps = torch.from_numpy(offsets).to(places.device)
-    flat = torch.zeros((), dtype=torch.int64, device=places.device)
-    for axis, size in enumerate(shape):
-        flat = flat * size + (places[:, axis, None] + steps[:, axis]).clamp_(0, size - 1)
-    return flat
 
 
 def _flat_steps(offsets: NDArray[np.int64], shape: Sequence[int]) -> list[int]:
@@ -193,10 +187,10 @@ def _true_indices(mask: Tensor) -> Tensor:
 
 
 def refine_centers(volume: Tensor, centers: Tensor, radius: NDArray[np.float64]) -> Tensor:
-    """Move maxima to where a parabola through the logarithm of three voxels peaks, axis by axis.
+    """Move maxima to where a parabola through the logarithm of three points peaks, axis by axis.
 
-    Exact for a Gaussian. The three voxels are about a third of the radius apart, which keeps noise and quantisation
-    from moving the vertex; next to a face they lie on its inner side.
+    Exact for a Gaussian. The three points are about a third of the radius apart, and each is the sum of nine voxels
+    across the axis, so that noise and quantisation hardly move the vertex; next to a face all lie on its inner side.
 
     Parameters
     ----------
@@ -210,26 +204,21 @@ def refine_centers(volume: Tensor, centers: Tensor, radius: NDArray[np.float64])
     Returns
     -------
     centers
-        ``(N, 3)`` float64, at most a voxel from their indices.
+        ``(N, 3)`` float64, at most a voxel from their indices along each axis.
     """
+    steps = [min(max(1, round(r / 3)), (size - 1) // 2) for r, size in zip(radius.tolist(), volume.shape, strict=True)]
+    axes = zip(centers.unbind(1), steps, volume.shape, strict=True)
+    middle = torch.stack([place.clamp(step, size - 1 - step) for place, step, size in axes], 1)
+    thrice = [torch.tensor([-step, 0, step], device=volume.device) for step in steps]
+    cube = (middle[:, None] + torch.cartesian_prod(*thrice)).unbind(2)  # 3 x (N, 27)
+    values = volume[cube].double()
+    positive = (values > 0).all(1, keepdim=True)
+    values = torch.where(positive, values.clamp_min(1e-30).log(), values).unflatten(1, (3, 3, 3))
     refined = centers.double()
-    for axis, size in enumerate(volume.shape):
-        step = max(1, round(float(radius[axis]) / 3))
-        if size < 2 * step + 1:
-            continue
-        middle = centers.clone()
-        middle[:, axis] = centers[:, axis].clamp(step, size - 1 - step)
-        triple = []
-        for shift in (-step, 0, step):
-            at = middle.clone()
-            at[:, axis] += shift
-            triple.append(volume[at[:, 0], at[:, 1], at[:, 2]].double())
-        low, mid, high = triple
-        positive = (low > 0) & (mid > 0) & (high > 0)
-        low, mid, high = (torch.where(positive, value.clamp_min(1e-30).log(), value) for value in triple)
+    for axis, step in enumerate(steps):
+        low, mid, high = values.sum([other for other in (1, 2, 3) if other != axis + 1]).unbind(1)
         curvature = low - 2 * mid + high
-        vertex = 0.5 * step * (low - high) / torch.where(curvature < 0, curvature, -1.0)
-        vertex = torch.where(curvature < 0, vertex, 0.0)
-        moved = middle[:, axis] + vertex
-        refined[:, axis] = torch.maximum(torch.minimum(moved, centers[:, axis] + 1.0), centers[:, axis] - 1.0)
+        vertex = torch.where(curvature < 0, 0.5 * step * (low - high) / curvature, 0.0)
+        moved = middle[:, axis] + vertex - centers[:, axis]
+        refined[:, axis] += moved.clamp(-1, 1)
     return refined
