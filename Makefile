@@ -22,7 +22,7 @@ lint: $(STAMP) ## ruff and mypy
 	$(BIN)/mypy
 
 test: lint ## lint, then the whole test suite
-	$(BIN)/python -m pytest -n 2 --dist worksteal
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
 
 demo: $(STAMP) ## simulate, prepare, train, predict and score; about 8 minutes on two cores
 	rm -rf demo
@@ -35,8 +35,9 @@ demo: $(STAMP) ## simulate, prepare, train, predict and score; about 8 minutes o
 	$(BIN)/python 22_score.py $(DEMO) solution=demo/input/test_solution.csv
 	$(BIN)/python -m czii25d.pipeline.demo $(DEMO)
 
-benchmark: $(STAMP) ## speed and memory beside the published procedure
-	$(BIN)/python benchmarks/run.py
+benchmark: $(STAMP) ## speed and memory beside the published procedure, on the data set in INPUT (default input)
+	$(BIN)/python -m pip install --disable-pip-version-check -q -e '.[benchmark]'
+	$(BIN)/python benchmarks/run.py $(or $(INPUT),input)
 
 clean: ## remove the demo and all caches
 	rm -rf demo .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -16,7 +16,7 @@ from czii25d.particles import ParticleSet, load_particles
 DISTANCE_MULTIPLIER = 0.5  # of a particle's radius: how far a hit may lie
 BETA = 4.0
 DEFAULT_THRESHOLD = 0.3  # empirical; for a class that no reference has
-PLATEAU = 0.005  # F-beta this near the best counts as as good
+PLATEAU = 0.01  # F-beta this near the best counts as as good
 
 
 def score(
@@ -171,7 +171,8 @@ def fit_thresholds(
         worse = np.flatnonzero(~as_good)
         first = int(worse[worse < best].max(initial=-1)) + 1
         last = int(worse[worse > best].min(initial=len(curve))) - 1
-        middle = float(tried[first] + tried[last]) / 2
+        below = tried[min(last + 1, len(tried) - 1)]  # down to the next score, nothing changes
+        middle = float(tried[first] + below) / 2
         thresholds[particle.name] = middle
         values[particle.name] = float(curve[np.flatnonzero(tried >= middle).max()])
     return Thresholds(thresholds, values, curves)
