@@ -54,10 +54,16 @@ def find_peaks(
     radii = np.asarray(radius_voxel, np.float64)
     radii = np.broadcast_to(radii[:, None] if radii.ndim == 1 else radii, (class_num, 3))
     thresholds = np.broadcast_to(np.asarray(threshold, np.float64), (class_num,))
-    return [
-        _find_in_class(plane.contiguous(), radius, float(least), refine)
-        for plane, radius, least in zip(heatmap, radii, thresholds, strict=True)
-    ]
+    threads = torch.get_num_threads()
+    # The pieces are small: sharing them gains little on an idle machine and costs a hundredfold on a busy one.
+    torch.set_num_threads(1)
+    try:
+        return [
+            _find_in_class(plane.contiguous(), radius, float(least), refine)
+            for plane, radius, least in zip(heatmap, radii, thresholds, strict=True)
+        ]
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _find_in_class(volume: Tensor, radius: NDArray[np.float64], threshold: float, refine: bool) -> Peaks:
