@@ -104,7 +104,7 @@ class InferenceOptions:
         if not self.floor > 0:
             raise InputError("key infer.floor", "a score above 0", str(self.floor), "raise it")
         given = self.nms_radius
-        for radius in given.values() if isinstance(given, Mapping) else [given or 1.0]:
+        for radius in given.values() if isinstance(given, Mapping) else [1.0 if given is None else given]:
             if not radius > 0:
                 raise InputError("key infer.nms_radius", "angstrom above 0", str(given), "raise it")
 
@@ -112,6 +112,8 @@ class InferenceOptions:
         """Return ``(C, 3)``, along z, y, x."""
         given = self.nms_radius
         if isinstance(given, Mapping) or given is None:
+            for name in given or ():
+                particles.channel(name)  # refuses unknown ones
             given = {**{each.name: NMS_RADIUS_FACTOR * each.radius for each in particles}, **(given or {})}
             radii = [given[each.name] for each in particles]
         else:

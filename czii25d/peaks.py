@@ -224,7 +224,7 @@ def refine_centers(volume: Tensor, centers: Tensor, radius: NDArray[np.float64])
     for axis, step in enumerate(steps):
         low, mid, high = values.sum([other for other in (1, 2, 3) if other != axis + 1]).unbind(1)
         curvature = low - 2 * mid + high
-        vertex = torch.where(curvature < 0, 0.5 * step * (low - high) / curvature, 0.0)
-        moved = middle[:, axis] + vertex - centers[:, axis]
+        vertex = middle[:, axis] + 0.5 * step * (low - high) / curvature
+        moved = torch.where(curvature < 0, vertex - centers[:, axis], 0.0)
         refined[:, axis] += moved.clamp(-1, 1)
     return refined

@@ -87,12 +87,12 @@ def axis_profile(tile: int, window: Window) -> NDArray[np.float32]:
     """Return the weights along one axis of a tile, ``(tile,)``, 1 at its middle.
 
     ``pyramid`` falls linearly and ``gaussian`` smoothly, and both stay above 0. ``published`` is the 4th place's
-    triangle, which is 0 at the first voxel.
+    triangle, which is 0 at both ends.
     """
     index = np.arange(tile)
     if window == "gaussian":
         return np.exp(-0.5 * ((index - (tile - 1) / 2) / (GAUSSIAN_WIDTH * tile)) ** 2).astype(np.float32)
-    from_edge = np.minimum(index + 0.5, tile - index - 0.5) if window == "pyramid" else np.minimum(index, tile - index)
+    from_edge = np.minimum(index, tile - 1 - index) + (0.5 if window == "pyramid" else 0.0)
     return (from_edge / max(from_edge.max(), 0.5)).astype(np.float32)
 
 

@@ -19,9 +19,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from torch import nn
 
-from czii25d.data.volumes import open_volume
+from czii25d.data.volumes import open_volume, read_meta
 from czii25d.errors import InputError, did_you_mean
-from czii25d.geometry import Shape3D
+from czii25d.geometry import Shape3D, Spacing3D
 from czii25d.inference import InferenceOptions, TorchPredictor, pick_heatmap, predict_heatmap
 from czii25d.metrics import DEFAULT_THRESHOLD
 from czii25d.models.checkpoint import ModelCard, load_checkpoint
@@ -32,6 +32,7 @@ logger = logging.getLogger(__name__)
 
 PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 SPACING_TOLERANCE = 0.05
+CHECKPOINT_SUFFIXES = (".ckpt", ".safetensors", ".pt", ".pth")
 
 
 def predict(cfg: DictConfig) -> pd.DataFrame:
@@ -41,13 +42,24 @@ def predict(cfg: DictConfig) -> pd.DataFrame:
     them, so an interrupted prediction goes on with the next run.
     """
     paths = find_checkpoints(cfg.checkpoints)
-    members, cards = zip(*(load_checkpoint(path) for path in paths), strict=True)
+    given = {key: value for key, value in cfg.model.items() if value is not None}
+    members, cards = zip(*(load_checkpoint(path, **given) for path in paths), strict=True)
     card, channels = agree(cards, paths)
     particles = ParticleSet.from_config(card.particles)
     tile: Shape3D = (card.model["img_depth"], card.model["img_size"], card.model["img_size"])
     options = inference_options(cfg.infer, tile, card.nms_radius)
     thresholds = choose_thresholds(cfg.thresholds, cards, particles)
+    if min(thresholds.values()) < options.floor:
+        lowest = min(thresholds, key=thresholds.__getitem__)
+        raise InputError(
+            "key infer.floor",
+            f"at most the lowest threshold, {thresholds[lowest]:g} of {lowest}",
+            f"{options.floor:g}",
+            "lower infer.floor or raise thresholds",
+        )
     folders = find_volumes(Path(cfg.paths.output) / "volumes" / cfg.split, cfg.runs)
+    for folder in folders:
+        check_spacing(folder, cards)
     predictor = create_predictor(cfg.infer, members, channels)
     results = Path(cfg.predictions)
     logger.info(
@@ -59,7 +71,8 @@ def predict(cfg: DictConfig) -> pd.DataFrame:
         "s"[: len(folders) > 1],
     )
     recipe = {
-        "checkpoints": [hashlib.sha256(path.read_bytes()).hexdigest() for path in paths],
+        "checkpoints": [content_hash(path) for path in paths],
+        "model": {str(key): str(value) for key, value in given.items()},
         "options": {key: value for key, value in asdict(options).items() if key != "batch_size"},
         "dtype": str(predictor.dtype),
     }
@@ -68,11 +81,9 @@ def predict(cfg: DictConfig) -> pd.DataFrame:
     with progress_bar() as bar:
         task = bar.add_task("predicting", total=len(folders))
         for folder in folders:
-            part = results / "runs" / f"{folder.name}.{digest(recipe | {'volume': volume_id(folder)})}.csv"
+            part = results / "runs" / f"{folder.name}.{digest(recipe | {'volume': read_meta(folder)})}.csv"
             row: Mapping[str, float] = {}
-            if part.is_file():
-                picks = read_picks_csv(part, scored=True)
-            else:
+            if not part.is_file():
                 tiles = bar.add_task(folder.name, total=None)
                 picks, row = pick_run(
                     folder,
@@ -84,6 +95,7 @@ def predict(cfg: DictConfig) -> pd.DataFrame:
                 )
                 bar.remove_task(tiles)
                 write_scored_picks_csv(part, picks)
+            picks = read_picks_csv(part, scored=True)  # rounded, so that an interruption changes nothing
             frames.append(picks)
             rows.append({"run": folder.name, **row})
             bar.advance(task)
@@ -111,38 +123,50 @@ def pick_run(
 ) -> tuple[pd.DataFrame, dict[str, float]]:
     """Return the scored picks of one run, and the seconds that it took."""
     volume = open_volume(folder, card.normalization)
-    if card.voxel_spacing is not None:
-        ratio = max(a / b for a, b in zip(volume.voxel_spacing, card.voxel_spacing, strict=True))
-        inverse = max(b / a for a, b in zip(volume.voxel_spacing, card.voxel_spacing, strict=True))
-        if max(ratio, inverse) > 1 + SPACING_TOLERANCE:
-            raise InputError(
-                f"run {folder.name}",
-                f"the voxel spacing the network was trained on, {card.voxel_spacing[0]:.4g} angstrom",
-                f"{volume.voxel_spacing[0]:.4g} angstrom (z)",
-                "rescale the tomogram, or train on this spacing",
-            )
     start = time.perf_counter()
     heatmap = predict_heatmap(volume, predictor, len(particles), options, progress)
+    if not torch.isfinite(heatmap.amax()):  # a maximum passes NaN on
+        raise InputError(f"run {folder.name}", "finite heatmaps", "NaN or infinity", "set infer.precision=fp32")
     middle = time.perf_counter()
     picks = pick_heatmap(heatmap, particles, options, volume.voxel_spacing, card.offset_voxel)
     return picks.assign(run=folder.name), {"predict": middle - start, "peaks": time.perf_counter() - middle}
 
 
-def find_checkpoints(given: Any) -> list[Path]:
-    """Return the files that ``checkpoints`` names: one, a list, or the checkpoints in a folder."""
-    names = list(given) if isinstance(given, list | tuple | ListConfig) else [given]
-    paths: list[Path] = []
-    for name in names:
-        path = Path(str(name))
-        found = sorted(p for p in path.iterdir() if p.suffix in (".ckpt", ".safetensors")) if path.is_dir() else [path]
-        if path.is_dir() and any(p.name == "best.ckpt" for p in found):
-            found = [path / "best.ckpt"]  # of one training, the chosen one
-        if not found or not all(p.is_file() for p in found):
+def check_spacing(folder: Path, cards: Sequence[ModelCard]) -> None:
+    """Raise `InputError` if a network was trained on voxels of another size than this run's."""
+    own = open_volume(folder).voxel_spacing
+    for card in cards:
+        ratios = [a / b for a, b in zip(own, card.voxel_spacing or own, strict=True)]
+        if max(*ratios, *(1 / ratio for ratio in ratios)) > 1 + SPACING_TOLERANCE:
             raise InputError(
-                "key checkpoints",
-                "checkpoint files, or a folder of them",
-                f"none at {path}",
-                "correct the path",
+                f"run {folder.name}",
+                f"the voxel spacing the network was trained on, {as_text(card.voxel_spacing or own)}",
+                as_text(own),
+                "rescale the tomogram, or train on this spacing",
+            )
+
+
+def as_text(voxel_spacing: Spacing3D) -> str:
+    """Write a voxel spacing for people."""
+    return f"{' x '.join(f'{side:.4g}' for side in voxel_spacing)} angstrom (z, y, x)"
+
+
+def find_checkpoints(given: Any) -> list[Path]:
+    """Return the files that ``checkpoints`` names: one, a list, or the checkpoints in a folder.
+
+    Of a folder that a training wrote that is ``best.ckpt``; of a folder of such folders, each one's.
+    """
+    paths: list[Path] = []
+    for name in given if isinstance(given, list | tuple | ListConfig) else [given]:
+        path = Path(str(name))
+        found = [path]
+        if path.is_dir():
+            found = sorted(file for file in path.iterdir() if file.suffix in CHECKPOINT_SUFFIXES)
+            best = [file for file in found if file.name == "best.ckpt"]  # of one training, the chosen one
+            found = best or found or sorted(path.glob("*/best.ckpt"))
+        if not found or not all(file.is_file() for file in found):
+            raise InputError(
+                "key checkpoints", "checkpoint files, or a folder of them", f"none at {path}", "correct the path"
             )
         paths += found
     if not paths:
@@ -156,7 +180,7 @@ def agree(cards: Sequence[ModelCard], paths: Sequence[Path]) -> tuple[ModelCard,
     Raises
     ------
     InputError
-        If members find other particles, decode with another offset, or expect other voxels.
+        If members find other particles, decode with another offset, or expect other grey values or tiles.
     """
     first = cards[0]
     names = list(first.particles)
@@ -214,36 +238,38 @@ def shape_key(value: Any, key: str) -> Shape3D | None:
 
 def choose_thresholds(given: Any, cards: Sequence[ModelCard], particles: ParticleSet) -> dict[str, float]:
     """Return each particle's threshold: what the key says, else the mean of the checkpoints', else the default."""
-    known = [card.thresholds for card in cards if card.thresholds]
-    thresholds = {
-        name: sum(each[name] for each in known) / len(known) if known else DEFAULT_THRESHOLD for name in particles.names
-    }
-    if not known and given is None:
-        logger.info("no checkpoint holds thresholds: %g for every particle; set thresholds=...", DEFAULT_THRESHOLD)
     if isinstance(given, int | float):
         return dict.fromkeys(particles.names, float(given))
+    if given is not None and not isinstance(given, Mapping | DictConfig):
+        raise InputError("key thresholds", "a number, or numbers by particle", repr(given), "correct it")
+    thresholds, unknown = {}, []
+    for name in particles.names:
+        known = [card.thresholds[name] for card in cards if card.thresholds and name in card.thresholds]
+        thresholds[name] = sum(known) / len(known) if known else DEFAULT_THRESHOLD
+        unknown += [] if known or name in (given or ()) else [name]
+    if unknown:
+        logger.info(
+            "no checkpoint holds a threshold for %s: %g; see thresholds=...", ", ".join(unknown), DEFAULT_THRESHOLD
+        )
     for name, value in (given or {}).items():
-        if name not in particles.names:
-            hint = did_you_mean(str(name), particles.names)
-            raise InputError(
-                "key thresholds", f"names among {', '.join(particles.names)}", f"'{name}'{hint}", "correct it"
-            )
+        particles.channel(str(name))
+        if not isinstance(value, int | float):
+            raise InputError(f"key thresholds.{name}", "a number", repr(value), "correct it")
         thresholds[str(name)] = float(value)
     return thresholds
 
 
-def find_volumes(split: Path, names: Sequence[str] | None) -> list[Path]:
+def find_volumes(split: Path, names: str | Sequence[str] | None) -> list[Path]:
     """Return the folders of the runs that 01 prepared, all or the named ones."""
     folders = {path.name: path for path in sorted(split.glob("[!.]*")) if path.is_dir()}
     if not folders:
         raise InputError(split, "volumes", "none", "run 01_create_dataset.py first, or choose another split")
-    for name in names or ():
+    wanted = list(folders) if names is None else [names] if isinstance(names, str) else [str(name) for name in names]
+    for name in wanted:
         if name not in folders:
-            hint = did_you_mean(str(name), folders)
-            raise InputError(
-                "key runs", f"runs of {split} ({', '.join(folders)})", f"'{name}'{hint}", "correct the name"
-            )
-    return [folders[name] for name in names] if names is not None else list(folders.values())
+            hint = did_you_mean(name, folders)
+            raise InputError("key runs", f"runs of {split} ({', '.join(folders)})", f"'{name}'{hint}", "correct it")
+    return [folders[name] for name in wanted]
 
 
 def create_predictor(infer: DictConfig, members: Sequence[nn.Module], channels: list[list[int]]) -> TorchPredictor:
@@ -261,9 +287,13 @@ def create_predictor(infer: DictConfig, members: Sequence[nn.Module], channels: 
     return TorchPredictor(members, device, PRECISIONS[precision], channels)
 
 
-def volume_id(folder: Path) -> str:
-    """Tell one version of a volume from another without reading its voxels."""
-    return hashlib.sha256((folder / "meta.json").read_bytes()).hexdigest() if (folder / "meta.json").is_file() else ""
+def content_hash(path: Path) -> str:
+    """Return the SHA-256 of a file of any size."""
+    sha = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(2**20):
+            sha.update(block)
+    return sha.hexdigest()
 
 
 def digest(recipe: Mapping[str, Any]) -> str:

@@ -28,11 +28,14 @@ def score_submission(cfg: DictConfig) -> float:
     particles = ParticleSet.from_config(cfg.particles)
     submission, solution = read_picks_csv(cfg.submission), read_picks_csv(cfg.solution)
     if cfg.runs is not None:
-        unknown = set(cfg.runs) - set(solution["run"])
+        runs = [cfg.runs] if isinstance(cfg.runs, str) else list(cfg.runs)
+        unknown = set(runs) - set(solution["run"])
         if unknown:
             known = ", ".join(sorted(solution["run"].unique()))
             raise InputError("key runs", f"runs of the solution ({known})", ", ".join(sorted(unknown)), "correct them")
-        solution = solution[solution["run"].isin(list(cfg.runs))]
+        solution = solution[solution["run"].isin(runs)]
+    if not len(solution):
+        raise InputError(cfg.solution, "particles", "none", "write it with 03_create_solution.py")
     if not set(submission["run"]) & set(solution["run"]) and len(submission):
         raise InputError(
             cfg.submission,
