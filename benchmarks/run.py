@@ -1,8 +1,8 @@
 """Time the data path beside the published one, both in one run; print a table in Markdown.
 
 ``python benchmarks/run.py INPUT [--repeats 3]``, INPUT being a data set in the competition's layout. Each preparation
-and each set-up runs in a process of its own, whose peak memory the operating system reports. Needs albumentations for the
-published sample.
+and each set-up runs in a process of its own, whose peak memory the operating system reports. Needs albumentations
+for the published sample.
 """
 
 from __future__ import annotations

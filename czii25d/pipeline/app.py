@@ -133,11 +133,11 @@ def explain(error: Exception, config_name: str) -> str:
     """Return the one line that says what is wrong and how to mend it."""
     if isinstance(error, InputError):
         return str(error)
-    if isinstance(error, OSError):
+    if isinstance(error, OSError) and not isinstance(error, HydraException):
         name = f"{error.filename}: " if error.filename else ""
         cure = "free space or move paths.output" if error.errno == 28 else "see that it is there and writable"
         return f"{name}{error.strerror or error}; {cure}"
-    text = " ".join(f"{error} {error.__cause__ or ''}".split())
+    text = " ".join(f"{error} {error.__cause__ or ''}".split("Config search path")[0].split())
     if match := re.search(r"Could not override '([^']+)'", text) or re.search(r"full_key: (\S+)", text):
         key = match[1]
         known = [name for name, _ in leaves(OmegaConf.to_container(load_defaults(config_name), resolve=False))]
@@ -167,7 +167,7 @@ def print_help(description: str, config_name: str) -> None:
     """Print what a script does and every key it takes: default and explanation."""
     defaults = load_defaults(config_name)
     comments = read_comments(conf_dir() / f"{config_name}.yaml")
-    for group in map(str, dict(defaults)):
+    for group in map(str, defaults.keys()):
         for path in sorted((conf_dir() / group).glob("*.yaml"), key=lambda p: p.stem != "default"):
             for key, comment in read_comments(path).items():
                 comments.setdefault(f"{group}.{key}", comment)

@@ -53,6 +53,7 @@ def train(cfg: DictConfig) -> dict[str, float]:
     folder = Path(cfg.paths.saved_models) / cfg.wandb.name
     checkpoint = find_checkpoint(cfg, folder)
     L.seed_everything(cfg.seed, workers=True, verbose=False)
+    check_before_work(cfg)
     particles = ParticleSet.from_config(cfg.particles).first(cfg.model.class_num)
     data = create_data(cfg, particles)
     trained, held_out = [v.name for v in data.dataset.volumes], [volume.name for volume, _ in data.held_out]
@@ -80,6 +81,14 @@ def train(cfg: DictConfig) -> dict[str, float]:
         shown = metrics["val/fbeta"] if best is None else float(best)
         logger.info("best weighted F4 on the held-out runs: %.4f; checkpoints in %s", shown, folder)
     return metrics
+
+
+def check_before_work(cfg: DictConfig) -> None:
+    """Raise `InputError` for what would otherwise show only after data and network have been built."""
+    if cfg.trainer.accelerator in ("gpu", "cuda") and not torch.cuda.is_available():
+        raise InputError("key trainer.accelerator", "a GPU that torch sees", "none", "set trainer.accelerator=cpu")
+    if cfg.scheduler.sched not in SCHEDULES:
+        raise InputError("key scheduler.sched", f"one of {', '.join(SCHEDULES)}", cfg.scheduler.sched, "choose one")
 
 
 def create_data(cfg: DictConfig, particles: ParticleSet) -> TomogramDataModule:
@@ -168,16 +177,12 @@ def optimizer_factory(cfg: DictConfig) -> Any:
         )
     if cfg.opt.lr <= 0:
         raise InputError("key opt.lr", "a learning rate above 0", str(cfg.opt.lr), "raise it")
-    fused = {"fused": True} if name in ("adam", "adamw") else {}  # one pass over the weights instead of many
+    fused: Any = {"fused": True} if name in ("adam", "adamw") else {}  # one pass over the weights instead of many
     return partial(create_optimizer_v2, opt=name, lr=cfg.opt.lr, weight_decay=cfg.opt.weight_decay, **fused)
 
 
 def create_schedule(cfg: DictConfig, optimizer: torch.optim.Optimizer, updates_per_epoch: int) -> Any:
     """Return one of timm's schedules, to be stepped once per optimizer step."""
-    if cfg.scheduler.sched not in SCHEDULES:
-        raise InputError(
-            "key scheduler.sched", f"one of {', '.join(SCHEDULES)}", str(cfg.scheduler.sched), "choose one"
-        )
     scheduler, _ = create_scheduler_v2(
         optimizer,
         sched=cfg.scheduler.sched,
@@ -196,8 +201,6 @@ def create_trainer(cfg: DictConfig, folder: Path, judged: bool) -> L.Trainer:
     """Build Lightning's trainer with our callbacks; ``judged`` runs also keep the checkpoint with the highest F4."""
     arguments: dict[str, Any] = OmegaConf.to_container(cfg.trainer)  # type: ignore[assignment]
     on_cpu = arguments["accelerator"] == "cpu" or (arguments["accelerator"] == "auto" and not torch.cuda.is_available())
-    if arguments["accelerator"] in ("gpu", "cuda") and not torch.cuda.is_available():
-        raise InputError("key trainer.accelerator", "a GPU that torch sees", "none", "set trainer.accelerator=cpu")
     if on_cpu and isinstance(arguments["devices"], list):
         arguments["devices"] = len(arguments["devices"])  # a CPU has processes, not device numbers
     if on_cpu and arguments["devices"] == "auto":
