@@ -59,6 +59,7 @@ def train(cfg: DictConfig) -> dict[str, float]:
     trained, held_out = [v.name for v in data.dataset.volumes], [volume.name for volume, _ in data.held_out]
     module = create_module(cfg, data, particles)
     logger.info("%s: training on %s; held out: %s", cfg.wandb.name, ", ".join(trained), ", ".join(held_out) or "none")
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)  # no news of devices and advertisements
     trainer = create_trainer(cfg, folder, judged=bool(held_out))
     if trainer.strategy.root_device.type == "cpu":
         keep_freed_memory()
