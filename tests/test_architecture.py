@@ -15,6 +15,8 @@ LAYERS = [
     {"picks", "heatmap", "peaks", "metrics", "losses", "phantom", "baseline", "plotting"},
     {"data", "models"},
     {"inference"},
+    {"runtimes"},
+    {"export"},
     {"training"},
     {"pipeline"},
 ]

@@ -1,0 +1,1 @@
+"""From checkpoints to files that other runtimes read: ONNX graphs and TensorRT engines."""

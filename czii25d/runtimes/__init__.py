@@ -1,0 +1,1 @@
+"""Predictors of other runtimes than torch, each behind `czii25d.inference.Predictor`."""
