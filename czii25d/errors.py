@@ -23,8 +23,11 @@ class InputError(ValueError):
     """
 
     def __init__(self, where: object, expected: str, found: str, cure: str) -> None:
-        message = f"{where}: expected {expected}, found {found}; {cure}"
-        super().__init__(" ".join(message.split()))
+        super().__init__(str(where), expected, found, cure)  # as arguments, so that it crosses processes
+
+    def __str__(self) -> str:
+        where, expected, found, cure = self.args
+        return " ".join(f"{where}: expected {expected}, found {found}; {cure}".split())
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:

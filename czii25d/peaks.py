@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 import torch
@@ -13,7 +14,9 @@ from torch.nn import functional
 
 Peaks = tuple[NDArray[np.float64], NDArray[np.float32]]
 
+LEAST_REACH = 3**0.5  # voxels: the 26 about a peak always count
 LARGEST_BLOCK = 3  # voxels a side; larger ones are no faster
+DECIDED_AT_ONCE = 24  # planes; of fewer, most time goes into the planes about them
 COMPARISONS_AT_ONCE = 2**16  # so few that they stay in the cache
 
 
@@ -48,28 +51,106 @@ def find_peaks(
     peaks
         Of each class: centres ``(N, 3)`` z y x, float64, and scores ``(N,)`` float32, best first.
     """
-    heatmap = torch.as_tensor(heatmap)
-    heatmap = heatmap if heatmap.is_floating_point() else heatmap.float()
-    class_num = len(heatmap)
+    return find_peaks_in_slabs([torch.as_tensor(heatmap)], radius_voxel, threshold, refine)
+
+
+def find_peaks_in_slabs(
+    slabs: Iterable[Tensor],
+    radius_voxel: ArrayLike,
+    threshold: float | Sequence[float],
+    refine: bool = True,
+) -> list[Peaks]:
+    """Find the peaks of heatmaps that come slab by slab: those of `find_peaks` on the whole, in bounded memory.
+
+    A peak is decided when all planes within its reach are there; those no undecided one needs are let go.
+
+    Parameters
+    ----------
+    slabs
+        ``(C, d, H, W)`` each, from the top to the bottom, at least one.
+    radius_voxel, threshold, refine
+        As of `find_peaks`.
+    """
+    radii, thresholds = np.empty((0, 3)), np.empty(0)
+    kept: list[Tensor] = []  # the slabs from plane `first` on
+    parts: list[list[Peaks]] = []
+    first = end = decided = halo = 0
+
+    def decide(upto: int) -> None:
+        parts.append([])
+        for channel, radius in enumerate(radii):
+            low = max(first, decided - _halo(radius))
+            volume = _planes_between(kept, channel, low - first, min(end, upto + _halo(radius)) - first)
+            centers, scores = _find_in_class(
+                volume, radius, float(thresholds[channel]), refine, decided - low, upto - low
+            )
+            parts[-1].append((centers + np.array([low, 0, 0]), scores))
+
+    threads = torch.get_num_threads()
+    for slab in slabs:
+        if not kept:
+            radii, thresholds = _per_class(len(slab), radius_voxel, threshold)
+            halo = max(_halo(radius) for radius in radii)
+        kept.append(slab)
+        end += slab.shape[1]
+        if end - halo - decided >= DECIDED_AT_ONCE:
+            # The pieces are small: sharing them gains little on an idle machine and costs a hundredfold on a busy one.
+            torch.set_num_threads(1)
+            decide(end - halo)
+            torch.set_num_threads(threads)
+            decided = end - halo
+            while first + kept[0].shape[1] <= decided - halo:
+                first += kept.pop(0).shape[1]
+    if not kept:
+        raise ValueError("no slab to find peaks in")
+    torch.set_num_threads(1)
+    decide(end)
+    torch.set_num_threads(threads)
+    return [_best_first(of_class) for of_class in zip(*parts, strict=True)]
+
+
+def _per_class(
+    class_num: int, radius_voxel: ArrayLike, threshold: float | Sequence[float]
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Return ``(C, 3)`` radii and ``(C,)`` thresholds."""
     radii = np.asarray(radius_voxel, np.float64)
     radii = np.broadcast_to(radii[:, None] if radii.ndim == 1 else radii, (class_num, 3))
-    thresholds = np.broadcast_to(np.asarray(threshold, np.float64), (class_num,))
-    threads = torch.get_num_threads()
-    # The pieces are small: sharing them gains little on an idle machine and costs a hundredfold on a busy one.
-    torch.set_num_threads(1)
-    try:
-        return [
-            _find_in_class(plane.contiguous(), radius, float(least), refine)
-            for plane, radius, least in zip(heatmap, radii, thresholds, strict=True)
-        ]
-    finally:
-        torch.set_num_threads(threads)
+    return radii, np.broadcast_to(np.asarray(threshold, np.float64), (class_num,))
 
 
-def _find_in_class(volume: Tensor, radius: NDArray[np.float64], threshold: float, refine: bool) -> Peaks:
-    reach = np.maximum(radius, 3**0.5)  # the 26 voxels about a peak always count
+def _halo(radius: NDArray[np.float64]) -> int:
+    """Return how many planes beyond its own a peak depends on."""
+    return max(math.floor(max(radius[0], LEAST_REACH)), 2 * _refinement_step(radius[0]))
+
+
+def _planes_between(slabs: Sequence[Tensor], channel: int, start: int, stop: int) -> Tensor:
+    """Return planes of one class, ``(stop - start, H, W)``, from slabs that follow each other."""
+    pieces, z = [], 0
+    for slab in slabs:
+        pieces.append(slab[channel, max(0, start - z) : max(0, stop - z)])
+        z += slab.shape[1]
+    volume = pieces[0] if len(pieces) == 1 else torch.cat(pieces)
+    return volume.contiguous() if volume.is_floating_point() else volume.float()
+
+
+def _best_first(parts: Sequence[Peaks]) -> Peaks:
+    if len(parts) == 1:
+        return parts[0]
+    centers, scores = (np.concatenate(column) for column in zip(*parts, strict=True))
+    order = np.argsort(-scores, kind="stable")
+    return centers[order], scores[order]
+
+
+def _find_in_class(
+    volume: Tensor, radius: NDArray[np.float64], threshold: float, refine: bool, start: int, stop: int
+) -> Peaks:
+    """Find the peaks whose highest voxels lie in the planes ``start`` to ``stop``."""
+    reach = np.maximum(radius, LEAST_REACH)
     side = np.minimum(reach // 3**0.5 + 1, LARGEST_BLOCK).astype(int)  # a block's diagonal is no longer than the reach
-    places = _unravel(_keep_winners(volume, _block_peaks(volume, side, reach, threshold), reach), volume.shape)
+    candidates = _block_peaks(volume, side, reach, threshold)
+    plane = candidates // (volume.shape[1] * volume.shape[2])
+    candidates = candidates[(plane >= start) & (plane < stop)]
+    places = _unravel(_keep_winners(volume, candidates, reach), volume.shape)
     scores = volume[places].float()
     order = torch.argsort(scores, descending=True, stable=True)
     centers, scores = torch.stack(places, 1)[order], scores[order]
@@ -212,7 +293,8 @@ def refine_centers(volume: Tensor, centers: Tensor, radius: NDArray[np.float64])
     centers
         ``(N, 3)`` float64, at most a voxel from their indices along each axis.
     """
-    steps = [min(max(1, round(r / 3)), (size - 1) // 2) for r, size in zip(radius.tolist(), volume.shape, strict=True)]
+    sizes = zip(radius.tolist(), volume.shape, strict=True)
+    steps = [min(_refinement_step(r), (size - 1) // 2) for r, size in sizes]
     axes = zip(centers.unbind(1), steps, volume.shape, strict=True)
     middle = torch.stack([place.clamp(step, size - 1 - step) for place, step, size in axes], 1)
     thrice = [torch.tensor([-step, 0, step], device=volume.device) for step in steps]
@@ -228,3 +310,7 @@ def refine_centers(volume: Tensor, centers: Tensor, radius: NDArray[np.float64])
         moved = torch.where(curvature < 0, vertex - centers[:, axis], 0.0)
         refined[:, axis] += moved.clamp(-1, 1)
     return refined
+
+
+def _refinement_step(radius: float) -> int:
+    return max(1, round(radius / 3))

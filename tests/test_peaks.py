@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from czii25d.heatmap import quantize, render_heatmap
-from czii25d.peaks import find_peaks
+from czii25d.peaks import find_peaks, find_peaks_in_slabs
 
 SHAPE = (40, 56, 72)
 
@@ -146,3 +146,33 @@ def test_a_gpu_finds_the_same() -> None:
     ):
         np.testing.assert_allclose(here, there, atol=1e-9)
         np.testing.assert_array_equal(scores, others)
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    heatmap=hnp.arrays(
+        np.float32,
+        st.tuples(st.just(2), st.integers(1, 24), st.integers(1, 7), st.integers(1, 6)),
+        elements=has_ties(6),
+    ),
+    radius=st.tuples(*[st.floats(0.3, 6)] * 3),
+    data=st.data(),
+)
+def test_slabs_have_the_peaks_of_the_whole(heatmap, radius, data: st.DataObject) -> None:
+    radii = np.array([radius, (1.0, 1.5, 2.0)])
+    whole = find_peaks(heatmap, radii, [0.3, 0.5])
+    slabs, z = [], 0
+    while z < heatmap.shape[1]:
+        depth = data.draw(st.integers(1, 8))
+        slabs.append(torch.from_numpy(heatmap[:, z : z + depth]))
+        z += depth
+    for (centers, scores), (own_centers, own_scores) in zip(
+        whole, find_peaks_in_slabs(slabs, radii, [0.3, 0.5]), strict=True
+    ):
+        np.testing.assert_array_equal(scores, own_scores)
+        np.testing.assert_allclose(centers, own_centers, atol=1e-9)
+
+
+def test_no_slab_at_all_is_a_mistake() -> None:
+    with pytest.raises(ValueError, match="no slab"):
+        find_peaks_in_slabs([], 2.0, 0.5)

@@ -19,15 +19,17 @@ from safetensors.torch import save_file
 from czii25d.data.volumes import open_volume, write_volume
 from czii25d.errors import InputError
 from czii25d.geometry import PUBLISHED_OFFSET_VOXEL
-from czii25d.inference import InferenceOptions, TorchPredictor, pick_volume
+from czii25d.inference import Ensemble, InferenceOptions, Member, pick_volume
 from czii25d.metrics import DEFAULT_THRESHOLD, score
 from czii25d.models import create_model
 from czii25d.models.checkpoint import ModelCard, load_checkpoint, save_weights
 from czii25d.particles import ParticleSet, conf_dir, load_particles
 from czii25d.picks import concat_picks, make_picks, read_picks_csv, write_solution_csv, write_submission_csv
 from czii25d.pipeline import predict as predict_module
+from czii25d.pipeline.members import find_network_files
 from czii25d.pipeline.predict import predict
 from czii25d.pipeline.score import score_submission
+from czii25d.runtimes.torch import TorchNetwork
 
 MODEL: dict[str, Any] = {
     "arch": "timm3d3",
@@ -79,7 +81,7 @@ def compose(name: str, *overrides: str) -> DictConfig:
 
 
 def run_predict(*overrides: str) -> pd.DataFrame:
-    return predict(compose("predict", "checkpoints=folds/a.safetensors", FLOOR, LOW, *overrides))
+    return predict(compose("predict", "checkpoints=folds/a.safetensors", "infer.runtime=torch", FLOOR, LOW, *overrides))
 
 
 def expected_picks(work: Path, *names: str) -> pd.DataFrame:
@@ -89,7 +91,12 @@ def expected_picks(work: Path, *names: str) -> pd.DataFrame:
     for run in RUNS:
         volume = open_volume(work / "output/volumes/test" / run)
         picks = pick_volume(
-            volume, TorchPredictor(members), PARTICLES, OPTIONS, volume.voxel_spacing, cards[0].offset_voxel
+            volume,
+            Ensemble([Member(TorchNetwork(member)) for member in members]),
+            PARTICLES,
+            OPTIONS,
+            volume.voxel_spacing,
+            cards[0].offset_voxel,
         )
         frames.append(picks.assign(run=run))
     return concat_picks(frames, scored=True)
@@ -131,7 +138,7 @@ def test_members_with_other_orders_of_channels_are_aligned(work: Path) -> None:
     mixed = read_picks_csv(work / "mixed/scored_picks.csv", scored=True)
     net_b, net_swapped = (load_checkpoint(work / f"folds/{name}.safetensors")[0] for name in ("b", "swapped"))
     volume = open_volume(work / "output/volumes/test/TS_1")
-    predictor = TorchPredictor([net_b, net_swapped], channels=[[0, 1], [1, 0]])
+    predictor = Ensemble([Member(TorchNetwork(net_b)), Member(TorchNetwork(net_swapped), [1, 0])])
     expected = pick_volume(volume, predictor, PARTICLES, OPTIONS, SPACING).assign(run="TS_1")
     assert_same_picks(mixed[mixed["run"] == "TS_1"].reset_index(drop=True), expected)
     assert not mixed.equals(alone)
@@ -163,11 +170,11 @@ def test_what_is_done_is_not_done_again_and_an_interruption_changes_nothing(
     whole = {path.name: path.read_bytes() for path in Path("output/predictions").glob("*.csv")}
     picked, pick_run = [], predict_module.pick_run
 
-    def interrupted(folder: Path, *rest: Any) -> Any:
-        picked.append(folder.name)
+    def interrupted(plan: Any, source: Any, *rest: Any) -> Any:
+        picked.append(source.name)
         if len(picked) == 2:
             raise KeyboardInterrupt
-        return pick_run(folder, *rest)
+        return pick_run(plan, source, *rest)
 
     monkeypatch.setattr(predict_module, "pick_run", interrupted)
     with pytest.raises(KeyboardInterrupt):
@@ -214,9 +221,9 @@ def test_a_folder_of_trainings_gives_the_best_of_each(tmp_path: Path) -> None:
     for name in ("fold_a/best.ckpt", "fold_a/last.ckpt", "fold_b/best.ckpt", "fold_b/config.yaml"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).touch()
-    found = predict_module.find_checkpoints(str(tmp_path))
+    found = find_network_files(str(tmp_path))
     assert [str(path.relative_to(tmp_path)) for path in found] == ["fold_a/best.ckpt", "fold_b/best.ckpt"]
-    assert predict_module.find_checkpoints(str(tmp_path / "fold_a")) == [tmp_path / "fold_a/best.ckpt"]
+    assert find_network_files(str(tmp_path / "fold_a")) == [tmp_path / "fold_a/best.ckpt"]
 
 
 @pytest.mark.parametrize(
@@ -256,13 +263,15 @@ def test_members_that_contradict_each_other_are_refused(work: Path, card: dict[s
         run_predict("checkpoints=[folds/a.safetensors,folds/c.safetensors]")
 
 
-def test_another_voxel_spacing_is_refused_before_anything_is_predicted(work: Path) -> None:
+def test_a_run_that_cannot_be_picked_does_not_stop_the_others(work: Path) -> None:
     volume = np.random.default_rng(0).standard_normal((20, 33, 34)).astype(np.float32)
-    write_volume("output/volumes/test/TS_3", volume, (10.0, 7.8, 10.0), {})
-    with pytest.raises(InputError, match=r"TS_3.*10.01.*7.8"):
+    write_volume("output/volumes/test/TS_0", volume, (10.0, 7.8, 10.0), {})
+    with pytest.raises(InputError, match=r"1 of 3 runs.*TS_0.*10.01.*7.8.*start the same command again"):
         run_predict()
-    assert not Path("output/predictions").exists()
-    run_predict("runs=[TS_1]")
+    assert set(read_picks_csv("output/predictions/submission.csv")["run"]) == {"TS_1", "TS_2"}
+    with pytest.raises(InputError, match=r"1 of 1 runs.*TS_0"):
+        run_predict("runs=[TS_0]", "predictions=none")
+    assert not Path("none/submission.csv").exists()
 
 
 def test_a_network_that_gives_nan_is_said_to(work: Path) -> None:

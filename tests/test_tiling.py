@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from czii25d.errors import InputError
-from czii25d.tiling import Blender, TileGrid, blend_window, tile_starts
+from czii25d.tiling import Blender, TileGrid, blend_window, reflect_indices, tile_starts
 
 
 @given(size=st.integers(1, 200), tile=st.integers(1, 64), data=st.data())
@@ -62,8 +62,8 @@ def test_normalised_weights_add_up_to_one(window, data: st.DataObject) -> None:
     grid = TileGrid(shape, tile, stride)  # type: ignore[arg-type]
     blender, total = Blender(grid, window), np.zeros(shape)
     for start in grid.starts:
-        total[tuple(slice(s, s + side) for s, side in zip(start, tile, strict=True))] += blender.weight(start)
-    np.testing.assert_allclose(total, 1, atol=1e-6)
+        total[tuple(slice(s, s + side) for s, side in zip(start, tile, strict=True))] += blender.window
+    np.testing.assert_allclose(total * blender.norm(0, shape[0]), 1, atol=2e-6)
 
 
 def published_sum(grid: TileGrid) -> np.ndarray:
@@ -91,6 +91,13 @@ def test_the_published_blend_divides_by_no_less_than_one() -> None:
     grid = TileGrid((24, 40, 56), (8, 16, 20), (4, 8, 10))
     blender, total = Blender(grid, "published"), np.zeros(grid.volume_shape)
     for z, y, x in grid.starts:
-        total[z : z + 8, y : y + 16, x : x + 20] += blender.weight((z, y, x))
+        total[z : z + 8, y : y + 16, x : x + 20] += blender.window
+    total *= blender.norm(0, 24)
     np.testing.assert_allclose(total, np.minimum(published_sum(grid), 1), atol=1e-6)
     assert total[0].max() == 0 and total.max() == pytest.approx(1)
+
+
+@given(size=st.integers(1, 12), before=st.integers(0, 30), after=st.integers(0, 30))
+def test_reflected_indices_are_those_of_numpy(size: int, before: int, after: int) -> None:
+    expected = np.pad(np.arange(size), (before, after), mode="reflect")
+    np.testing.assert_array_equal(reflect_indices(-before, size + after, size), expected)

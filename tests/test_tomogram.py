@@ -68,7 +68,7 @@ def path(tmp_path: Path) -> Path:
     return tmp_path / "TS_5_4" / "VoxelSpacing10.000" / "denoised.zarr"
 
 
-@pytest.mark.parametrize(("zarr_format", "compressors"), COMPRESSORS.values(), ids=COMPRESSORS.keys())
+@pytest.mark.parametrize(("zarr_format", "compressors"), list(COMPRESSORS.values()), ids=list(COMPRESSORS))
 def test_both_formats_are_read(path: Path, zarr_format: int, compressors: Any) -> None:
     tomogram = open_tomogram(write(path, zarr_format=zarr_format, compressors=compressors))
     assert tomogram.path == path and tomogram.shape == SHAPE
@@ -189,7 +189,7 @@ def chunk_files(path: Path) -> list[Path]:
     return sorted(file for file in (path / "0").rglob("*") if file.is_file() and file.name.isdigit())
 
 
-@pytest.mark.parametrize(("stored", "left"), itertools.product(COMPRESSORS, ("half", "start", "nothing")))
+@pytest.mark.parametrize(("stored", "left"), list(itertools.product(COMPRESSORS, ("half", "start", "nothing"))))
 def test_truncated_chunk_is_refused(path: Path, stored: str, left: str) -> None:
     zarr_format, compressors = COMPRESSORS[stored]
     tomogram = open_tomogram(write(path, zarr_format=zarr_format, compressors=compressors))

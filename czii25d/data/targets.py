@@ -127,22 +127,10 @@ def write_heatmap(path: Path | str, recipe: Mapping[str, Any]) -> None:
     """
     target = target_from_recipe(recipe)
     shape = (len(target.particles), *target.shape)
-    chunks = (
-        len(target.particles),
-        *(min(chunk, side) for chunk, side in zip(CHUNK, target.shape, strict=True)),
-    )
     with write_aside(path) as partial:
-        group = zarr.create_group(str(partial), zarr_format=2)
-        array = group.create_array(
-            "0",
-            shape=shape,
-            chunks=chunks,
-            dtype=np.uint8,
-            compressors=Blosc("zstd", clevel=3, shuffle=Blosc.NOSHUFFLE),
-            fill_value=0,
-            config={"write_empty_chunks": True},  # Zarr's own test for emptiness takes longer than all the rest
-            chunk_key_encoding={"name": "v2", "separator": "/"},
-        )
+        array = create_heatmap_array(partial, target.run, target.particles, target.voxel_spacing, target.shape)
+        zarr.open_group(str(partial)).attrs[_KEY] = dict(recipe)
+        chunks = array.chunks
         buffer = np.empty(chunks, np.uint8)
         for z, y, x in itertools.product(
             *(range(0, side, chunk) for side, chunk in zip(shape[1:], chunks[1:], strict=True))
@@ -160,18 +148,37 @@ def write_heatmap(path: Path | str, recipe: Mapping[str, Any]) -> None:
             )
             if block.any():
                 array[:, z : z + chunks[1], y : y + chunks[2], x : x + chunks[3]] = block
-        group.attrs.update(_ome_metadata(target))
-        group.attrs[_KEY] = dict(recipe)
 
 
-def _ome_metadata(target: HeatmapTarget) -> dict[str, Any]:
-    scale = {"type": "scale", "scale": [1.0, *target.voxel_spacing]}
+def create_heatmap_array(
+    path: Path | str, name: str, particles: ParticleSet, voxel_spacing: Spacing3D, shape: Shape3D
+) -> zarr.Array:
+    """Create an empty OME-Zarr (Zarr v2, OME-NGFF 0.4) and return its array, uint8 ``(c, z, y, x)``.
+
+    Its chunks hold all classes and ``CHUNK`` voxels.
+    """
+    group = zarr.create_group(str(path), zarr_format=2)
+    group.attrs.update(_ome_metadata(name, particles, voxel_spacing))
+    return group.create_array(
+        "0",
+        shape=(len(particles), *shape),
+        chunks=(len(particles), *(min(chunk, side) for chunk, side in zip(CHUNK, shape, strict=True))),
+        dtype=np.uint8,
+        compressors=Blosc("zstd", clevel=3, shuffle=Blosc.NOSHUFFLE),
+        fill_value=0,
+        config={"write_empty_chunks": True},  # Zarr's own test for emptiness takes longer than all the rest
+        chunk_key_encoding={"name": "v2", "separator": "/"},
+    )
+
+
+def _ome_metadata(name: str, particles: ParticleSet, voxel_spacing: Spacing3D) -> dict[str, Any]:
+    scale = {"type": "scale", "scale": [1.0, *voxel_spacing]}
     window = {"min": 0, "max": 255, "start": 0, "end": 255}
     return {
         "multiscales": [
             {
                 "version": "0.4",
-                "name": target.run,
+                "name": name,
                 "axes": [
                     {"name": "c", "type": "channel"},
                     *({"name": axis, "type": "space", "unit": "angstrom"} for axis in "zyx"),
@@ -188,7 +195,7 @@ def _ome_metadata(target: HeatmapTarget) -> dict[str, Any]:
                     "active": True,
                     "window": window,
                 }
-                for particle in target.particles
+                for particle in particles
             ],
         },
     }

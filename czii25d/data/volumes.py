@@ -69,11 +69,25 @@ class Volume:
         stop = tuple(start + side for start, side in zip(start_zyx, shape, strict=True))
         if min(start_zyx) < 0 or any(end > side for end, side in zip(stop, self.data.shape, strict=True)):
             raise ValueError(f"the box {start_zyx} to {stop} is not inside the volume {self.data.shape}")
-        crop = self.data[tuple(slice(a, b) for a, b in zip(start_zyx, stop, strict=True))].astype(np.float32)
+        return self._normalise(self.data[tuple(slice(a, b) for a, b in zip(start_zyx, stop, strict=True))])
+
+    def planes(self, start: int, stop: int) -> NDArray[np.float32]:
+        """Return normalised planes ``(stop - start, H, W)``, read from the file rather than mapped.
+
+        Mapped pages would stay in memory until the whole volume is there.
+        """
+        _, height, width = self.shape
+        with (self.folder / "volume.npy").open("rb") as file:
+            file.seek(self.data.offset + start * height * width * self.data.itemsize)  # type: ignore[attr-defined]
+            flat = np.fromfile(file, self.data.dtype, (stop - start) * height * width)
+        return self._normalise(flat.reshape(-1, height, width))
+
+    def _normalise(self, voxels: NDArray[np.float16]) -> NDArray[np.float32]:
+        voxels_f32 = voxels.astype(np.float32)
         if self.normalization == "global":
-            crop *= np.float32(self.std / GLOBAL_STD)
-            crop += np.float32((self.mean - GLOBAL_MEAN) / GLOBAL_STD)
-        return crop
+            voxels_f32 *= np.float32(self.std / GLOBAL_STD)
+            voxels_f32 += np.float32((self.mean - GLOBAL_MEAN) / GLOBAL_STD)
+        return voxels_f32
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Send the path, not the voxels, to other processes."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import logging
 import os
 import re
@@ -100,6 +101,19 @@ def set_up_logging() -> None:
         logger.addHandler(handler)
     logger.setLevel(logging.INFO)
     logger.propagate = False
+
+
+def keep_freed_memory() -> None:
+    """Ask glibc to keep freed memory rather than give it back to the system after every step.
+
+    Activations of tens of megabytes otherwise cost a page fault for every 4 kB of every step: a third of the time of
+    a training on a CPU. Without effect where there is no glibc.
+    """
+    m_trim_threshold, m_mmap_threshold = -1, -3  # malloc.h
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "mallopt"):
+        libc.mallopt(m_mmap_threshold, 2**30)
+        libc.mallopt(m_trim_threshold, 2**31 - 1)
 
 
 def load_defaults(config_name: str) -> DictConfig:

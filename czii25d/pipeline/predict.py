@@ -1,145 +1,469 @@
-"""Pick the particles of many tomograms with one or several networks."""
+"""21: pick the particles of many tomograms with one or several networks."""
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import hashlib
 import json
 import logging
+import multiprocessing
+import resource
+import shutil
+import sys
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+import traceback
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import torch
+from numpy.typing import NDArray
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
-from torch import nn
+from torch import Tensor
 
-from czii25d.data.volumes import open_volume, read_meta
+from czii25d.data.heatmaps import HeatmapWriter
+from czii25d.data.runs import Run, find_runs
+from czii25d.data.tomogram import describe_source, open_tomogram
+from czii25d.data.volumes import Volume, open_volume, read_meta
 from czii25d.errors import InputError, did_you_mean
-from czii25d.geometry import Shape3D, Spacing3D
-from czii25d.inference import InferenceOptions, TorchPredictor, pick_heatmap, predict_heatmap
-from czii25d.metrics import DEFAULT_THRESHOLD
-from czii25d.models.checkpoint import ModelCard, load_checkpoint
+from czii25d.files import write_aside
+from czii25d.geometry import Spacing3D
+from czii25d.inference import merge_slabs, pick_slabs, predict_slabs
+from czii25d.inference.ahead import ahead
+from czii25d.models.checkpoint import ModelCard
 from czii25d.particles import ParticleSet
 from czii25d.picks import concat_picks, read_picks_csv, write_scored_picks_csv, write_submission_csv
+from czii25d.pipeline.app import keep_freed_memory, set_up_logging
+from czii25d.pipeline.dataset import create_volume
+from czii25d.pipeline.members import (
+    Group,
+    NetworkFile,
+    agree,
+    choose_device,
+    choose_runtime,
+    choose_thresholds,
+    create_groups,
+    find_network_files,
+    inference_options,
+    member_weights,
+    open_network_file,
+    prepare_graph,
+    tile_of,
+)
 
 logger = logging.getLogger(__name__)
 
-PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 SPACING_TOLERANCE = 0.05
-CHECKPOINT_SUFFIXES = (".ckpt", ".safetensors", ".pt", ".pth")
+SOURCES = ("auto", "volumes", "tomograms")
+STAGES = ("read", "predict", "peaks", "write")
 
 
 def predict(cfg: DictConfig) -> pd.DataFrame:
     """Write ``submission.csv`` and ``scored_picks.csv`` for a split; return the submitted picks.
 
     Each run's picks are kept in ``<predictions>/runs/`` as soon as they are known, under a key of all that determines
-    them, so an interrupted prediction goes on with the next run.
+    them, so an interrupted prediction goes on with the next run, and shards find each other's. A run that fails does
+    not stop the others.
+
+    Raises
+    ------
+    InputError
+        If a key or a network is not right; or, once all the others are done, if a run failed.
     """
-    paths = find_checkpoints(cfg.checkpoints)
-    given = {key: value for key, value in cfg.model.items() if value is not None}
-    members, cards = zip(*(load_checkpoint(path, **given) for path in paths), strict=True)
-    card, channels = agree(cards, paths)
-    particles = ParticleSet.from_config(card.particles)
-    tile: Shape3D = (card.model["img_depth"], card.model["img_size"], card.model["img_size"])
-    options = inference_options(cfg.infer, tile, card.nms_radius)
-    thresholds = choose_thresholds(cfg.thresholds, cards, particles)
-    if min(thresholds.values()) < options.floor:
-        lowest = min(thresholds, key=thresholds.__getitem__)
-        raise InputError(
-            "key infer.floor",
-            f"at most the lowest threshold, {thresholds[lowest]:g} of {lowest}",
-            f"{options.floor:g}",
-            "lower infer.floor or raise thresholds",
+    keep_freed_memory()
+    plan = Plan(cfg)
+    sources = find_sources(cfg)
+    mine = shard(sources, cfg.infer.shard)
+    outcomes = run_plan(plan, [source for source in mine if not plan.part(source).is_file()])
+    table = as_rich_table(mine, outcomes, plan)
+    missing = [source.name for source in sources if not plan.part(source).is_file()]
+    failed = {outcome.run: outcome.error for outcome in outcomes if outcome.error}
+    others = [name for name in missing if name not in failed]
+    kept = pd.DataFrame()
+    if not others and len(failed) < len(sources):  # of several shards, the last one collects what all have found
+        kept = collect(plan, [source for source in sources if source.name not in failed])
+    Console(stderr=True).print(table)
+    if others:
+        logger.info(
+            "%d of %d runs are left to other shards; the last one writes submission.csv", len(others), len(sources)
         )
-    folders = find_volumes(Path(cfg.paths.output) / "volumes" / cfg.split, cfg.runs)
-    for folder in folders:
-        check_spacing(folder, cards)
-    predictor = create_predictor(cfg.infer, members, channels)
-    results = Path(cfg.predictions)
-    logger.info(
-        "%d network%s on %s, %d run%s",
-        len(paths),
-        "s"[: len(paths) > 1],
-        predictor.device,
-        len(folders),
-        "s"[: len(folders) > 1],
-    )
-    recipe = {
-        "checkpoints": [content_hash(path) for path in paths],
-        "model": {str(key): str(value) for key, value in given.items()},
-        "options": {key: value for key, value in asdict(options).items() if key != "batch_size"},
-        "dtype": str(predictor.dtype),
-    }
-    frames: list[pd.DataFrame] = []
-    rows: list[Mapping[str, Any]] = []
-    with progress_bar() as bar:
-        task = bar.add_task("predicting", total=len(folders))
-        for folder in folders:
-            part = results / "runs" / f"{folder.name}.{digest(recipe | {'volume': read_meta(folder)})}.csv"
-            row: Mapping[str, float] = {}
-            if not part.is_file():
-                tiles = bar.add_task(folder.name, total=None)
-                picks, row = pick_run(
-                    folder,
-                    predictor,
-                    particles,
-                    options,
-                    card,
-                    lambda n, of, t=tiles: bar.update(t, completed=n, total=of),
-                )
-                bar.remove_task(tiles)
-                write_scored_picks_csv(part, picks)
-            picks = read_picks_csv(part, scored=True)  # rounded, so that an interruption changes nothing
-            frames.append(picks)
-            rows.append({"run": folder.name, **row})
-            bar.advance(task)
+    if failed:
+        first, why = next(iter(failed.items()))
+        raise InputError(
+            f"{len(failed)} of {len(mine)} runs",
+            "tomograms that can be picked",
+            "; ".join(str(reason) for reason in failed.values()) if len(failed) < 4 else f"{first}: {why}; and others",
+            "mend them and start the same command again: the other runs are done",
+        )
+    return kept
+
+
+@dataclass(frozen=True)
+class Source:
+    """A run to pick: a volume that 01 prepared, or a tomogram that is prepared on the way."""
+
+    name: str
+    folder: Path | None = None
+    run: Run | None = None
+
+    @property
+    def identity(self) -> Any:
+        """What tells its content from another's; the same for a tomogram and the volume made of it."""
+        if self.folder is not None:
+            return read_meta(self.folder)["source"]
+        assert self.run is not None
+        return describe_source(open_tomogram(self.run.tomogram))
+
+
+def find_sources(cfg: DictConfig) -> list[Source]:
+    """Return the runs to pick, by name: 01's volumes, or the tomograms of the input where there are none."""
+    if cfg.source not in SOURCES:
+        raise InputError("key source", ", ".join(SOURCES), repr(cfg.source), "choose one")
+    split = Path(cfg.paths.output) / "volumes" / cfg.split
+    volumes = {path.name: Source(path.name, folder=path) for path in sorted(split.glob("[!.]*")) if path.is_dir()}
+    found: dict[str, Source] = volumes
+    if cfg.source == "tomograms" or (cfg.source == "auto" and not volumes):
+        try:
+            found = {
+                run.name: Source(run.name, run=run)
+                for run in find_runs(cfg.paths.input, cfg.split, cfg.reconstruction, cfg.voxel_spacing_folder)
+            }
+        except InputError as error:
+            if cfg.source == "tomograms":
+                raise
+            raise InputError(
+                split,
+                "volumes that 01_create_dataset.py made, or tomograms in the input",
+                f"neither ({error})",
+                "run 01_create_dataset.py first, or choose another split",
+            ) from None
+    if not found:
+        raise InputError(split, "volumes", "none", "run 01_create_dataset.py first, or choose another split")
+    given = cfg.runs
+    wanted = list(found) if given is None else [given] if isinstance(given, str) else [str(name) for name in given]
+    for name in wanted:
+        if name not in found:
+            hint = did_you_mean(name, found)
+            raise InputError("key runs", f"runs of {cfg.split} ({', '.join(found)})", f"'{name}'{hint}", "correct it")
+    return [found[name] for name in wanted]
+
+
+def shard(sources: Sequence[Source], given: Any) -> list[Source]:
+    """Return the share ``infer.shard=i/n`` of the runs, ``i`` from 0; all of them for null."""
+    if given is None:
+        return list(sources)
+    try:
+        index, count = (int(number) for number in str(given).split("/"))
+    except ValueError:
+        index, count = -1, 0
+    if not 0 <= index < count:
+        raise InputError("key infer.shard", "i/n with i from 0 to n - 1, as in 0/8", repr(given), "correct it")
+    return list(sources[index::count])
+
+
+class Plan:
+    """All that a process needs to pick runs; networks are put on their device when they are first used.
+
+    Raises
+    ------
+    InputError
+        If the networks do not fit together, or a threshold lies below ``infer.floor``.
+    """
+
+    def __init__(self, cfg: DictConfig, device: str | None = None) -> None:
+        self.cfg = cfg
+        devices = cfg.infer.device
+        self.devices = [str(each) for each in devices] if isinstance(devices, ListConfig) else [str(devices)]
+        self.infer = OmegaConf.create({**cfg.infer, "device": device or self.devices[0]})
+        given = {str(key): value for key, value in cfg.model.items() if value is not None}
+        self.files: list[NetworkFile] = [open_network_file(path, given) for path in find_network_files(cfg.checkpoints)]
+        self.card, self.channels = agree(self.files)
+        self.particles = ParticleSet.from_config(self.card.particles)
+        self.thresholds = choose_thresholds(cfg.thresholds, [file.card for file in self.files], self.particles)
+        self.results, self.cache = Path(cfg.predictions), Path(cfg.paths.output) / "onnx"
+        lowest = min(self.thresholds, key=self.thresholds.__getitem__)
+        if self.thresholds[lowest] < cfg.infer.floor:
+            raise InputError(
+                "key infer.floor",
+                f"at most the lowest threshold, {self.thresholds[lowest]:g} of {lowest}",
+                f"{cfg.infer.floor:g}",
+                "lower infer.floor or raise thresholds",
+            )
+        self.options = [
+            inference_options(self.infer, tile_of(file, self.infer), self.card.nms_radius) for file in self.files
+        ]
+        for file in self.files:
+            choose_runtime(str(self.infer.runtime), file, choose_device(self.infer.device))
+        options = [{key: value for key, value in asdict(each).items() if key != "batch_size"} for each in self.options]
+        # What determines the picks of a run, besides its voxels; nothing that only changes speed.
+        self.recipe = {
+            "networks": [file.sha256 for file in self.files],
+            "model": {key: str(value) for key, value in given.items()},
+            "weights": member_weights(self.infer.weights, len(self.files)),
+            "views": list(self.infer.tta or ()),
+            "runtime": [str(self.infer.runtime), str(self.infer.precision)],
+            "options": options,
+        }
+
+    @cached_property
+    def groups(self) -> list[Group]:
+        """The networks, on their runtimes."""
+        return create_groups(self.infer, self.files, self.channels, self.options, self.cache)
+
+    def part(self, source: Source) -> Path:
+        """Return the file for the picks of a run."""
+        key = json.dumps(self.recipe | {"source": source.identity}, sort_keys=True, default=str)
+        return self.results / "runs" / f"{source.name}.{hashlib.sha256(key.encode()).hexdigest()[:12]}.csv"
+
+
+@dataclass
+class Outcome:
+    """What became of a run: seconds per stage, tiles and peak memory, or an error."""
+
+    run: str
+    seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(STAGES, 0.0))
+    tiles: int = 0
+    memory_gb: float = 0.0
+    error: str | None = None
+
+
+def run_plan(plan: Plan, todo: Sequence[Source]) -> list[Outcome]:
+    """Pick runs, on one device or on several at once, and show how far it is."""
+    if not todo:
+        return []
+    if len(plan.devices) > 1:
+        return run_on_devices(plan, todo)
+    done: list[Outcome] = []
+    plan.groups  # noqa: B018  # what they have to say comes before the bar
+    with Bar(len(todo)) as bar:
+        for outcome in pick_sources(plan, todo, bar.update):
+            done.append(outcome)
+            bar.finish(outcome)
+    return done
+
+
+def run_on_devices(plan: Plan, todo: Sequence[Source]) -> list[Outcome]:
+    """Pick runs in one process for each device; each takes the next run from one list."""
+    context = multiprocessing.get_context("spawn")
+    tasks, messages = context.Queue(), context.Queue()
+    for source in todo:
+        tasks.put(source)
+    for _ in plan.devices:
+        tasks.put(None)
+    for file, options in zip(plan.files, plan.options, strict=True):
+        prepare_graph(plan.infer, file, options.tile_shape, plan.cache)  # once, not in every process
+    config = OmegaConf.to_container(plan.cfg, resolve=True)
+    threads = max(1, torch.get_num_threads() // len(plan.devices))
+    workers = [
+        context.Process(target=_work, args=(config, device, threads, tasks, messages), daemon=True)
+        for device in plan.devices
+    ]
+    for worker in workers:
+        worker.start()
+    done: list[Outcome] = []
+    running = len(workers)
+    with Bar(len(todo)) as bar:
+        while running:
+            kind, content = messages.get()
+            if kind == "progress":
+                bar.update(*content)
+            elif kind == "outcome":
+                done.append(content)
+                bar.finish(content)
+            elif kind == "end":
+                running -= 1
+            else:
+                for worker in workers:
+                    worker.terminate()
+                raise content
+    for worker in workers:
+        worker.join()
+    return done
+
+
+def _work(config: Any, device: str, threads: int, tasks: Any, messages: Any) -> None:
+    set_up_logging()
+    keep_freed_memory()
+    torch.set_num_threads(threads)
+    try:
+        plan = Plan(OmegaConf.create(config), device)
+        for outcome in pick_sources(plan, iter(tasks.get, None), lambda *state: messages.put(("progress", state))):
+            messages.put(("outcome", outcome))
+        messages.put(("end", None))
+    except (InputError, OSError) as error:
+        messages.put(("refused", error))
+    except Exception:
+        messages.put(("crash", RuntimeError(traceback.format_exc())))
+
+
+def pick_sources(plan: Plan, todo: Iterable[Source], progress: Any) -> Iterator[Outcome]:
+    """Pick runs one after the other; the next one's voxels are prepared meanwhile."""
+    scratch = plan.results / ".volumes"
+
+    def prepare() -> Iterator[tuple[Outcome, Source, Volume | None]]:
+        for source in todo:
+            outcome = Outcome(source.name)
+            with _caught(outcome), _clocked(outcome, "read"):
+                yield outcome, source, open_source(plan, source, scratch)
+                continue
+            yield outcome, source, None
+
+    for outcome, source, volume in ahead(prepare()):
+        if volume is not None:
+            with _caught(outcome):
+                pick_run(plan, source, volume, outcome, progress)
+            if source.folder is None:
+                shutil.rmtree(volume.folder)
+        yield outcome
+
+
+def open_source(plan: Plan, source: Source, scratch: Path) -> Volume:
+    """Return the volume of a run, made in ``scratch`` if 01 has not made it; its voxels fit the networks."""
+    if source.folder is not None:
+        volume = open_volume(source.folder, plan.card.normalization)
+    else:
+        assert source.run is not None
+        folder = scratch / source.name
+        create_volume(source.run, folder, 0, plan.cfg.fill_missing_chunks)
+        volume = open_volume(folder, plan.card.normalization)
+    check_spacing(source.name, volume.voxel_spacing, [file.card for file in plan.files])
+    return volume
+
+
+def pick_run(plan: Plan, source: Source, volume: Volume, outcome: Outcome, progress: Any) -> None:
+    """Write the scored picks of one run."""
+    class_num = len(plan.particles)
+    tiles = dict.fromkeys(range(len(plan.groups)), (0, 1))
+
+    def watch(index: int) -> Any:
+        def update(done: int, of: int) -> None:
+            tiles[index] = (done, of)
+            progress(source.name, sum(n for n, _ in tiles.values()) / sum(n for _, n in tiles.values()))
+
+        return update
+
+    clocked = ClockedPlanes(volume)
+    streams = [
+        predict_slabs(clocked, group.predictor, class_num, group.options, watch(index))
+        for index, group in enumerate(plan.groups)
+    ]
+    weights = [group.weight for group in plan.groups]
+    slabs = timed_slabs(source.name, merge_slabs(streams, weights), outcome)
+    begin = time.perf_counter()
+    with heatmaps_kept(plan, source, volume, slabs) as kept:
+        picks = pick_slabs(kept, plan.particles, plan.groups[0].options, volume.voxel_spacing, plan.card.offset_voxel)
+    outcome.seconds["peaks"] = time.perf_counter() - begin - outcome.seconds["predict"]
+    with _clocked(outcome, "write"):
+        write_scored_picks_csv(plan.part(source), picks.assign(run=source.name))
+    outcome.seconds["read"] += clocked.seconds
+    outcome.tiles = sum(of for _, of in tiles.values())
+    outcome.memory_gb = peak_memory_gb()
+
+
+class ClockedPlanes:
+    """A volume that adds up the seconds its planes take to read."""
+
+    def __init__(self, volume: Volume) -> None:
+        self._volume, self.shape, self.seconds = volume, volume.shape, 0.0
+
+    def planes(self, start: int, stop: int) -> NDArray[np.float32]:
+        """Return normalised planes."""
+        begin = time.perf_counter()
+        planes = self._volume.planes(start, stop)
+        self.seconds += time.perf_counter() - begin
+        return planes
+
+
+def timed_slabs(run: str, slabs: Iterable[tuple[int, Tensor]], outcome: Outcome) -> Iterator[Tensor]:
+    """Yield finite heatmaps, and add up the seconds they take."""
+    iterator = iter(slabs)
+    while True:
+        with _clocked(outcome, "predict"):
+            item = next(iterator, None)
+            if item is not None and item[1].device.type == "cuda":
+                torch.cuda.synchronize(item[1].device)
+        if item is None:
+            return
+        if not torch.isfinite(item[1].amax()):  # a maximum passes NaN on
+            raise InputError(f"run {run}", "finite heatmaps", "NaN or infinity", "set infer.precision=fp32")
+        yield item[1]
+
+
+@contextmanager
+def heatmaps_kept(plan: Plan, source: Source, volume: Volume, slabs: Iterator[Tensor]) -> Iterator[Iterator[Tensor]]:
+    """Pass slabs on and, if ``infer.save_heatmaps`` says so, write them meanwhile."""
+    if not plan.cfg.infer.save_heatmaps:
+        yield slabs
+        return
+    path = plan.results / "heatmaps" / f"{source.name}.zarr"
+    with (
+        write_aside(path) as partial,
+        HeatmapWriter(partial, source.name, plan.particles, volume.voxel_spacing, volume.shape) as writer,
+    ):
+        yield writer.keep(slabs)
+
+
+def collect(plan: Plan, sources: Sequence[Source]) -> pd.DataFrame:
+    """Write what was found in all runs as one, and return the picks above their thresholds."""
+    frames = [read_picks_csv(plan.part(source), scored=True) for source in sources]
     scored = concat_picks(frames, scored=True)
-    kept = scored[scored["score"].to_numpy() >= scored["particle"].map(thresholds).to_numpy(float)]
-    write_scored_picks_csv(results / "scored_picks.csv", scored)
-    write_submission_csv(results / "submission.csv", kept)
-    Console(stderr=True).print(as_rich_table(rows, kept, particles, thresholds))
+    kept = scored[scored["score"].to_numpy() >= scored["particle"].map(plan.thresholds).to_numpy(float)]
+    with _one_at_a_time(plan.results):
+        write_scored_picks_csv(plan.results / "scored_picks.csv", scored)
+        write_submission_csv(plan.results / "submission.csv", kept)
     logger.info(
         "%d picks in %s, all %d with scores in scored_picks.csv",
-        len(kept),
-        results / "submission.csv",
-        len(scored),
+        *(len(kept), plan.results / "submission.csv", len(scored)),
     )
     return kept
 
 
-def pick_run(
-    folder: Path,
-    predictor: TorchPredictor,
-    particles: ParticleSet,
-    options: InferenceOptions,
-    card: ModelCard,
-    progress: Any,
-) -> tuple[pd.DataFrame, dict[str, float]]:
-    """Return the scored picks of one run, and the seconds that it took."""
-    volume = open_volume(folder, card.normalization)
-    start = time.perf_counter()
-    heatmap = predict_heatmap(volume, predictor, len(particles), options, progress)
-    if not torch.isfinite(heatmap.amax()):  # a maximum passes NaN on
-        raise InputError(f"run {folder.name}", "finite heatmaps", "NaN or infinity", "set infer.precision=fp32")
-    middle = time.perf_counter()
-    picks = pick_heatmap(heatmap, particles, options, volume.voxel_spacing, card.offset_voxel)
-    return picks.assign(run=folder.name), {"predict": middle - start, "peaks": time.perf_counter() - middle}
+@contextmanager
+def _one_at_a_time(folder: Path) -> Iterator[None]:
+    """Keep other processes (shards that end at once) from writing the same files."""
+    with (folder / "runs" / ".lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
-def check_spacing(folder: Path, cards: Sequence[ModelCard]) -> None:
+@contextmanager
+def _caught(outcome: Outcome) -> Iterator[None]:
+    """Note what is wrong with a run instead of stopping the others; a full disk stops all."""
+    try:
+        yield
+    except InputError as error:
+        outcome.error = str(error)
+    except OSError as error:
+        if error.errno == errno.ENOSPC:
+            raise
+        outcome.error = f"{error.filename or outcome.run}: {error.strerror or error}"
+
+
+@contextmanager
+def _clocked(outcome: Outcome, stage: str) -> Iterator[None]:
+    begin = time.perf_counter()
+    try:
+        yield
+    finally:
+        outcome.seconds[stage] += time.perf_counter() - begin
+
+
+def check_spacing(run: str, own: Spacing3D, cards: Sequence[ModelCard]) -> None:
     """Raise `InputError` if a network was trained on voxels of another size than this run's."""
-    own = open_volume(folder).voxel_spacing
     for card in cards:
         ratios = [a / b for a, b in zip(own, card.voxel_spacing or own, strict=True)]
         if max(*ratios, *(1 / ratio for ratio in ratios)) > 1 + SPACING_TOLERANCE:
             raise InputError(
-                f"run {folder.name}",
+                f"run {run}",
                 f"the voxel spacing the network was trained on, {as_text(card.voxel_spacing or own)}",
                 as_text(own),
                 "rescale the tomogram, or train on this spacing",
@@ -151,182 +475,81 @@ def as_text(voxel_spacing: Spacing3D) -> str:
     return f"{' x '.join(f'{side:.4g}' for side in voxel_spacing)} angstrom (z, y, x)"
 
 
-def find_checkpoints(given: Any) -> list[Path]:
-    """Return the files that ``checkpoints`` names: one, a list, or the checkpoints in a folder.
-
-    Of a folder that a training wrote that is ``best.ckpt``; of a folder of such folders, each one's.
-    """
-    paths: list[Path] = []
-    for name in given if isinstance(given, list | tuple | ListConfig) else [given]:
-        path = Path(str(name))
-        found = [path]
-        if path.is_dir():
-            found = sorted(file for file in path.iterdir() if file.suffix in CHECKPOINT_SUFFIXES)
-            best = [file for file in found if file.name == "best.ckpt"]  # of one training, the chosen one
-            found = best or found or sorted(path.glob("*/best.ckpt"))
-        if not found or not all(file.is_file() for file in found):
-            raise InputError(
-                "key checkpoints", "checkpoint files, or a folder of them", f"none at {path}", "correct the path"
-            )
-        paths += found
-    if not paths:
-        raise InputError("key checkpoints", "at least one checkpoint", "an empty list", "name one")
-    return paths
+def peak_memory_gb() -> float:
+    """Return the most memory this process ever used, of the host and of GPUs, in GB."""
+    unit = 1 if sys.platform == "darwin" else 1024
+    host = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    gpu = sum(torch.cuda.max_memory_allocated(index) for index in range(torch.cuda.device_count()))
+    return (host + gpu) / 1e9
 
 
-def agree(cards: Sequence[ModelCard], paths: Sequence[Path]) -> tuple[ModelCard, list[list[int]]]:
-    """Return the first card, and each member's channels in the first one's order.
+class Bar:
+    """Runs done, the time left, and the runs at work; on standard error. Without a terminal, a line for each run."""
 
-    Raises
-    ------
-    InputError
-        If members find other particles, decode with another offset, or expect other grey values or tiles.
-    """
-    first = cards[0]
-    names = list(first.particles)
-    for card, path in zip(cards, paths, strict=True):
-        for what, own, common in (
-            ("particles", sorted(card.particles), sorted(names)),
-            ("offset_voxel", card.offset_voxel, first.offset_voxel),
-            ("normalization", card.normalization, first.normalization),
-            (
-                "tile",
-                [card.model[k] for k in ("img_depth", "img_size")],
-                [first.model[k] for k in ("img_depth", "img_size")],
-            ),
-        ):
-            if own != common:
-                raise InputError(path, f"the {what} of {paths[0].name}, {common}", str(own), "predict them separately")
-    return first, [[list(card.particles).index(name) for name in names] for card in cards]
-
-
-def inference_options(
-    infer: DictConfig, nominal_tile: Shape3D, nms_radius: Mapping[str, float] | None = None
-) -> InferenceOptions:
-    """Build the options from ``conf/infer``; ``nms_radius`` is the checkpoint's, used where the key is null."""
-    tile = shape_key(infer.tile, "infer.tile") or nominal_tile
-    stride = shape_key(infer.stride, "infer.stride")
-    if stride is None:
-        if not 0 <= infer.overlap < 1:
-            raise InputError("key infer.overlap", "a share from 0 to below 1", str(infer.overlap), "lower it")
-        d, h, w = (max(1, round(side * (1 - infer.overlap))) for side in tile)
-        stride = (d, h, w)
-    radius: Any = (
-        OmegaConf.to_container(infer.nms_radius) if isinstance(infer.nms_radius, DictConfig) else infer.nms_radius
-    )
-    return InferenceOptions(
-        tile,
-        stride,
-        infer.window,
-        infer.batch_size,
-        nms_radius if radius is None else radius,
-        infer.floor,
-        infer.refine,
-    )
-
-
-def shape_key(value: Any, key: str) -> Shape3D | None:
-    """Return a ``[D, H, W]`` key as a tuple."""
-    if value is None:
-        return None
-    sides = list(value) if isinstance(value, list | tuple | ListConfig) else [value]
-    if len(sides) != 3 or not all(isinstance(side, int) and side >= 1 for side in sides):
-        raise InputError(f"key {key}", "[D, H, W] in whole voxels", str(value), "give three numbers")
-    d, h, w = sides
-    return d, h, w
-
-
-def choose_thresholds(given: Any, cards: Sequence[ModelCard], particles: ParticleSet) -> dict[str, float]:
-    """Return each particle's threshold: what the key says, else the mean of the checkpoints', else the default."""
-    if isinstance(given, int | float):
-        return dict.fromkeys(particles.names, float(given))
-    if given is not None and not isinstance(given, Mapping | DictConfig):
-        raise InputError("key thresholds", "a number, or numbers by particle", repr(given), "correct it")
-    thresholds, unknown = {}, []
-    for name in particles.names:
-        known = [card.thresholds[name] for card in cards if card.thresholds and name in card.thresholds]
-        thresholds[name] = sum(known) / len(known) if known else DEFAULT_THRESHOLD
-        unknown += [] if known or name in (given or ()) else [name]
-    if unknown:
-        logger.info(
-            "no checkpoint holds a threshold for %s: %g; see thresholds=...", ", ".join(unknown), DEFAULT_THRESHOLD
+    def __init__(self, total: int) -> None:
+        self._console = Console(stderr=True)
+        self._progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            TextColumn("{task.completed:.1f} of {task.total}"),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+            console=self._console,
+            transient=True,
         )
-    for name, value in (given or {}).items():
-        particles.channel(str(name))
-        if not isinstance(value, int | float):
-            raise InputError(f"key thresholds.{name}", "a number", repr(value), "correct it")
-        thresholds[str(name)] = float(value)
-    return thresholds
+        self._task = self._progress.add_task("runs", total=total)
+        self._shares: dict[str, float] = {}
+        self._total, self._done = total, 0
+        self._begin = time.perf_counter()
+
+    def __enter__(self) -> Bar:
+        self._progress.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._progress.stop()
+
+    def update(self, run: str, share: float) -> None:
+        """Show that a share (0 to 1) of a run is predicted."""
+        self._shares[run] = share
+        self._progress.update(
+            self._task, completed=self._done + sum(self._shares.values()), description=", ".join(self._shares)
+        )
+
+    def finish(self, outcome: Outcome) -> None:
+        """Show that a run is done."""
+        self._shares.pop(outcome.run, None)
+        self._done += 1
+        self._progress.update(self._task, completed=self._done + sum(self._shares.values()))
+        if not self._console.is_terminal:
+            left = (time.perf_counter() - self._begin) / self._done * (self._total - self._done)
+            logger.info(
+                "%s: %s · %d of %d runs · %.0f min left",
+                *(outcome.run, outcome.error or f"{sum(outcome.seconds.values()):.1f} s"),
+                *(self._done, self._total, left / 60),
+            )
 
 
-def find_volumes(split: Path, names: str | Sequence[str] | None) -> list[Path]:
-    """Return the folders of the runs that 01 prepared, all or the named ones."""
-    folders = {path.name: path for path in sorted(split.glob("[!.]*")) if path.is_dir()}
-    if not folders:
-        raise InputError(split, "volumes", "none", "run 01_create_dataset.py first, or choose another split")
-    wanted = list(folders) if names is None else [names] if isinstance(names, str) else [str(name) for name in names]
-    for name in wanted:
-        if name not in folders:
-            hint = did_you_mean(name, folders)
-            raise InputError("key runs", f"runs of {split} ({', '.join(folders)})", f"'{name}'{hint}", "correct it")
-    return [folders[name] for name in wanted]
-
-
-def create_predictor(infer: DictConfig, members: Sequence[nn.Module], channels: list[list[int]]) -> TorchPredictor:
-    """Put the networks on the device that ``infer.device`` and ``infer.precision`` ask for."""
-    device, precision = str(infer.device), str(infer.precision)
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    if not device.startswith(("cpu", "cuda")) or (device.startswith("cuda") and not torch.cuda.is_available()):
-        raise InputError("key infer.device", "auto, cpu, or a GPU that torch sees", device, "set infer.device=cpu")
-    if precision == "auto":
-        on_gpu = device.startswith("cuda")
-        precision = ("bf16" if torch.cuda.is_bf16_supported() else "fp16") if on_gpu else "fp32"
-    if precision not in PRECISIONS:
-        raise InputError("key infer.precision", f"auto, {', '.join(PRECISIONS)}", precision, "choose one")
-    return TorchPredictor(members, device, PRECISIONS[precision], channels)
-
-
-def content_hash(path: Path) -> str:
-    """Return the SHA-256 of a file of any size."""
-    sha = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(2**20):
-            sha.update(block)
-    return sha.hexdigest()
-
-
-def digest(recipe: Mapping[str, Any]) -> str:
-    """Return a short name for a recipe."""
-    return hashlib.sha256(json.dumps(recipe, sort_keys=True, default=str).encode()).hexdigest()[:12]
-
-
-def progress_bar() -> Progress:
-    """Return a bar with the time left, on standard error; it shows on a terminal only."""
-    return Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(),
-        console=Console(stderr=True),
-        transient=True,
-    )
-
-
-def as_rich_table(
-    rows: Sequence[Mapping[str, Any]],
-    picks: pd.DataFrame,
-    particles: ParticleSet,
-    thresholds: Mapping[str, float],
-) -> Table:
-    """Lay out seconds and picks per run within 80 columns."""
+def as_rich_table(sources: Sequence[Source], outcomes: Sequence[Outcome], plan: Plan) -> Table:
+    """Lay out what each run took."""
     table = Table(box=None, header_style="bold", pad_edge=False)
     table.add_column("run")
-    for name in ("predict s", "peaks s", *(name[:9] for name in particles.names)):
+    for name in (*(f"{stage} s" for stage in STAGES), "tiles/s", "peak GB", "picks"):
         table.add_column(name, justify="right")
-    table.add_row("threshold", "", "", *(f"{thresholds[name]:.2f}" for name in particles.names), style="dim")
-    for row in rows:
-        own = picks[picks["run"] == row["run"]]["particle"].value_counts()
-        seconds = (f"{row[key]:.1f}" if key in row else "done" for key in ("predict", "peaks"))
-        table.add_row(str(row["run"]), *seconds, *(str(own.get(name, 0)) for name in particles.names))
+    by_run = {outcome.run: outcome for outcome in outcomes}
+    for source in sources:
+        outcome = by_run.get(source.name)
+        if outcome is None:
+            cells = ["done before", *[""] * (len(STAGES) + 1)]
+        elif outcome.error:
+            cells = ["failed", *[""] * (len(STAGES) + 1)]
+        else:
+            speed = outcome.tiles / max(outcome.seconds["predict"], 1e-9)
+            cells = [f"{outcome.seconds[stage]:.1f}" for stage in STAGES] + [f"{speed:.1f}", f"{outcome.memory_gb:.1f}"]
+        count = ""
+        if plan.part(source).is_file():
+            picks = read_picks_csv(plan.part(source), scored=True)
+            thresholds = picks["particle"].map(plan.thresholds).to_numpy(float)
+            count = str(int((picks["score"].to_numpy() >= thresholds).sum()))
+        table.add_row(source.name, *cells, count)
     return table

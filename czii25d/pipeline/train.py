@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import inspect
 import logging
 import netrc
@@ -33,7 +32,8 @@ from czii25d.losses import Mixer, create_loss
 from czii25d.models import create_model
 from czii25d.models.checkpoint import ModelCard, load_checkpoint
 from czii25d.particles import ParticleSet
-from czii25d.pipeline.predict import inference_options
+from czii25d.pipeline.app import keep_freed_memory
+from czii25d.pipeline.members import inference_options
 from czii25d.training.callbacks import EpochLog, StopWhenNotFinite
 from czii25d.training.module import HeatmapModule
 
@@ -233,19 +233,6 @@ def create_trainer(cfg: DictConfig, folder: Path, judged: bool) -> L.Trainer:
         )
     except (TypeError, ValueError) as error:
         raise InputError("keys trainer.*", "arguments of lightning.Trainer", str(error), "correct them") from None
-
-
-def keep_freed_memory() -> None:
-    """Ask glibc to keep freed memory rather than give it back to the system after every step.
-
-    Activations of tens of megabytes otherwise cost a page fault for every 4 kB of every step: a third of the time of
-    a training on a CPU. Without effect where there is no glibc.
-    """
-    m_trim_threshold, m_mmap_threshold = -1, -3  # malloc.h
-    libc = ctypes.CDLL(None)
-    if hasattr(libc, "mallopt"):
-        libc.mallopt(m_mmap_threshold, 2**30)
-        libc.mallopt(m_trim_threshold, 2**31 - 1)
 
 
 def create_logger(cfg: DictConfig) -> Logger | bool:

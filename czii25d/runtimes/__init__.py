@@ -1,1 +1,1 @@
-"""Predictors of other runtimes than torch, each behind `czii25d.inference.Predictor`."""
+"""What networks run on: torch, ONNX Runtime, OpenVINO, TensorRT; each is a `czii25d.inference.Predictor`."""

@@ -14,12 +14,13 @@ from torch import Tensor, nn
 
 from czii25d.data.targets import HeatmapTarget
 from czii25d.data.volumes import Volume
-from czii25d.inference import InferenceOptions, TorchPredictor, pick_volume
+from czii25d.inference import InferenceOptions, pick_volume
 from czii25d.losses import Loss, Mixer
 from czii25d.metrics import evaluate, fit_thresholds
 from czii25d.models.checkpoint import ModelCard
 from czii25d.particles import ParticleSet
 from czii25d.picks import empty_picks
+from czii25d.runtimes.torch import TorchNetwork
 
 
 class HeatmapModule(L.LightningModule):
@@ -136,7 +137,9 @@ class HeatmapModule(L.LightningModule):
     def validation_step(self, position: int, batch_idx: int) -> None:
         """Pick one held-out tomogram with the very function that prediction uses."""
         volume, target = self.held_out[position]
-        predictor = TorchPredictor([self.judged_model.eval()], device=self.device)
+        predictor = TorchNetwork(
+            self.judged_model, self.device
+        )  # in the precision of the trainer, whose autocast is on
         picks = pick_volume(
             volume, predictor, self.particles, self.options, volume.voxel_spacing, self.card.offset_voxel
         )

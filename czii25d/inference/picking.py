@@ -1,0 +1,88 @@
+"""From heatmaps to picks, whole or slab by slab, with the same result."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pandas as pd
+from torch import Tensor
+
+from czii25d.geometry import Spacing3D, zyx_voxel_to_xyz_angstrom
+from czii25d.inference.sliding import Planes, Progress, predict_slabs
+from czii25d.peaks import Peaks, find_peaks, find_peaks_in_slabs
+from czii25d.picks import empty_picks
+
+if TYPE_CHECKING:
+    from czii25d.inference.ensemble import Predictor
+    from czii25d.inference.options import InferenceOptions
+    from czii25d.particles import ParticleSet
+
+
+def pick_heatmap(
+    heatmap: Tensor,
+    particles: ParticleSet,
+    options: InferenceOptions,
+    voxel_spacing: Spacing3D,
+    offset_voxel: float = 0.0,
+) -> pd.DataFrame:
+    """Find the picks of one run's heatmaps.
+
+    Parameters
+    ----------
+    heatmap
+        ``(C, D, H, W)``.
+    offset_voxel
+        Of the network, see `czii25d.geometry`.
+
+    Returns
+    -------
+    picks
+        Columns ``run`` (empty), ``particle, x, y, z`` (angstrom), ``score``; best first for each particle.
+    """
+    radii = options.nms_radius_voxel(particles, voxel_spacing)
+    peaks = find_peaks(heatmap, radii, options.floor, options.refine)
+    return _as_picks(peaks, particles, voxel_spacing, offset_voxel)
+
+
+def pick_slabs(
+    slabs: Iterable[Tensor],
+    particles: ParticleSet,
+    options: InferenceOptions,
+    voxel_spacing: Spacing3D,
+    offset_voxel: float = 0.0,
+) -> pd.DataFrame:
+    """Find the same picks in heatmaps ``(C, d, H, W)`` that come slab by slab; see `pick_heatmap`."""
+    radii = options.nms_radius_voxel(particles, voxel_spacing)
+    peaks = find_peaks_in_slabs(slabs, radii, options.floor, options.refine)
+    return _as_picks(peaks, particles, voxel_spacing, offset_voxel)
+
+
+def pick_volume(
+    volume: Planes,
+    predictor: Predictor,
+    particles: ParticleSet,
+    options: InferenceOptions,
+    voxel_spacing: Spacing3D,
+    offset_voxel: float = 0.0,
+    progress: Progress | None = None,
+) -> pd.DataFrame:
+    """Predict a tomogram and pick it; arguments and result as `predict_slabs` and `pick_heatmap`."""
+    slabs = predict_slabs(volume, predictor, len(particles), options, progress)
+    return pick_slabs((slab for _, slab in slabs), particles, options, voxel_spacing, offset_voxel)
+
+
+def _as_picks(
+    peaks: Iterable[Peaks], particles: ParticleSet, voxel_spacing: Spacing3D, offset_voxel: float
+) -> pd.DataFrame:
+    frames = [empty_picks(scored=True)]
+    for particle, (centers, scores) in zip(particles, peaks, strict=True):
+        if len(centers):
+            frame = pd.DataFrame(
+                zyx_voxel_to_xyz_angstrom(centers, voxel_spacing, offset_voxel), columns=["x", "y", "z"]
+            )
+            frame.insert(0, "run", "")
+            frame.insert(1, "particle", particle.name)
+            frames.append(frame.assign(score=scores.astype(np.float64)))
+    return pd.concat(frames, ignore_index=True) if len(frames) > 1 else frames[0]
