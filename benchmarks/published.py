@@ -121,4 +121,6 @@ if __name__ == "__main__":
     if arguments.step == "prepare":
         prepare(arguments.source, arguments.target)
     else:
+        start = time.perf_counter()
         load_all(arguments.target)
+        print(time.perf_counter() - start)

@@ -20,7 +20,7 @@ from czii25d.models.decoder import ConvBnRelu
 
 Precision = Literal["fp32", "fp16", "bf16"]
 DTYPES: dict[str, torch.dtype] = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-OPSET = 20
+OPSETS = {"fp32": 20, "fp16": 20, "bf16": 22}  # the first with bfloat16 convolutions is 22
 INPUT_NAME, OUTPUT_NAME = "tiles", "heatmaps"
 LARGEST_FILE = 2**31 - 2**24  # protobuf's 2 GiB, with room for the graph
 COMPUTING_OPS = ("Conv", "ConvTranspose", "Gemm", "MatMul")
@@ -133,7 +133,7 @@ def export_onnx(network: nn.Module, path: Path | str, tile_shape: Shape3D, preci
             dynamic_shapes=({0: torch.export.Dim("batch")},),
             input_names=[INPUT_NAME],
             output_names=[OUTPUT_NAME],
-            opset_version=OPSET,
+            opset_version=OPSETS[precision],
             verbose=False,
         )
     assert program is not None

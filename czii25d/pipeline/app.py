@@ -109,9 +109,10 @@ def keep_freed_memory() -> None:
     Activations of tens of megabytes otherwise cost a page fault for every 4 kB of every step: a third of the time of
     a training on a CPU. Without effect where there is no glibc.
     """
-    m_trim_threshold, m_mmap_threshold = -1, -3  # malloc.h
+    m_trim_threshold, m_mmap_threshold, m_arena_max = -1, -3, -8  # malloc.h
     libc = ctypes.CDLL(None)
     if hasattr(libc, "mallopt"):
+        libc.mallopt(m_arena_max, 1)  # the arenas of other threads do without the next line
         libc.mallopt(m_mmap_threshold, 2**30)
         libc.mallopt(m_trim_threshold, 2**31 - 1)
 

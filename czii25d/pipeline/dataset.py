@@ -14,6 +14,7 @@ from czii25d.data.runs import Run, find_runs
 from czii25d.data.tomogram import describe_source, open_tomogram, read_volume
 from czii25d.data.volumes import Volume, open_volume, read_meta, write_volume
 from czii25d.errors import InputError
+from czii25d.pipeline.app import keep_freed_memory
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -28,6 +29,7 @@ def create_dataset(cfg: DictConfig) -> list[Volume]:
 
     A run whose volume was made from the same tomogram, as it is now, is skipped.
     """
+    keep_freed_memory()  # the next tomogram fits where this one was
     if cfg.mode not in (None, *SPLITS):
         raise InputError("key mode", "train, test or null for both", repr(cfg.mode), "choose one")
     input_dir = Path(cfg.paths.input)

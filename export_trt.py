@@ -1,0 +1,7 @@
+"""Export checkpoints to ONNX files and TensorRT engines, checked against torch, each with a JSON that describes it."""
+
+from czii25d.pipeline.app import run
+from czii25d.pipeline.export import export
+
+if __name__ == "__main__":
+    run(export, "export")
