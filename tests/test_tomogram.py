@@ -189,7 +189,7 @@ def chunk_files(path: Path) -> list[Path]:
     return sorted(file for file in (path / "0").rglob("*") if file.is_file() and file.name.isdigit())
 
 
-@pytest.mark.parametrize(("stored", "left"), itertools.product(COMPRESSORS, ("half", "start", "nothing")))
+@pytest.mark.parametrize(("stored", "left"), list(itertools.product(COMPRESSORS, ("half", "start", "nothing"))))
 def test_truncated_chunk_is_refused(path: Path, stored: str, left: str) -> None:
     zarr_format, compressors = COMPRESSORS[stored]
     tomogram = open_tomogram(write(path, zarr_format=zarr_format, compressors=compressors))
