@@ -72,7 +72,9 @@ class Context:
     session_id: str = "0"
 
     def __post_init__(self) -> None:
-        if self.pixel_size is not None and not (math.isfinite(self.pixel_size) and self.pixel_size > 0):
+        size = self.pixel_size
+        is_number = isinstance(size, int | float) and not isinstance(size, bool)
+        if size is not None and not (is_number and math.isfinite(size) and size > 0):
             raise InputError("pixel_size", "a number above 0 angstrom", repr(self.pixel_size), "correct it")
 
     def grid(self, run: str, where: object) -> TomogramGrid:

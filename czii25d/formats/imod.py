@@ -272,7 +272,7 @@ def _read_text_file(path: Path, run: str, context: Context) -> pd.DataFrame:
             found = f"{' and '.join(map(str, sorted(widths)))} columns"
             expected = "lines of x y z, contour x y z, or object contour x y z (value)"
             raise InputError(path, expected, found, "write it with model2point -object")
-        table = np.array(rows, np.float64).reshape(len(rows), -1)
+        table = np.array(rows, np.float64).reshape(len(rows), max(widths, default=3))
     except ValueError as error:
         if isinstance(error, InputError):
             raise

@@ -214,6 +214,9 @@ def _write(path: Path, picks: pd.DataFrame, context: Context, version: int) -> l
         table[column] = np.zeros(count)
     optics = {OPTICS_GROUP: 1, "rlnOpticsGroupName": "opticsGroup1", PIXEL_SIZE: pixel_size}
     classes = {CLASSES_NUMBER: range(1, len(names) + 1), CLASSES_NAME: [check_word(name, path) for name in names]}
-    blocks = {"optics": pd.DataFrame([optics]), "particles": table, CLASSES_BLOCK: pd.DataFrame(classes)}
+    blocks = {"optics": pd.DataFrame([optics])}
+    if names:
+        blocks[CLASSES_BLOCK] = pd.DataFrame(classes)
+    blocks["particles"] = table  # last: starfile cannot read a table without rows if a comment follows it
     write_star(path, blocks, VERSIONS[version])
     return [path]
