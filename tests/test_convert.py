@@ -7,11 +7,13 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
-from conftest import PROJECT
+from conftest import PROJECT, run_script
 from test_formats import a_frame, in_order
 from test_mrc import write
 
+from czii25d.data.targets import open_target
 from czii25d.data.volumes import open_volume
 from czii25d.errors import InputError
 from czii25d.formats import FORMATS, TomogramGrid, read_picks, write_picks
@@ -65,6 +67,24 @@ def test_the_pages_commands_hand_the_picks_around(folder: Path) -> None:
     [table] = re.findall(r"```csv\n(.*?)```", PAGE, re.DOTALL)
     (folder / "runs.csv").write_text(table)
     assert read_grids(str(folder / "runs.csv"), None, None) == {"TS_1": TomogramGrid((10.0,) * 3, SHAPE)}
+
+
+def test_own_picks_make_heatmaps_and_a_solution(folder: Path) -> None:
+    grids = TomogramGrid((10.0,) * 3, SHAPE)
+    write_picks(folder / "models", pd.concat([PICKS, PICKS[:1]]), "imod", grids=grids)
+    run_script("01_create_dataset.py", "tomograms=tomograms", cwd=folder)
+    shown = run_script("02_create_mask.py", "picks=models", "class_num=3", cwd=folder).stderr
+    assert "run TS_1: dropped 1 duplicate picks" in shown, shown
+    run_script("03_create_solution.py", "picks=models", cwd=folder)
+    solution = read_picks(folder / "output/solution.csv")
+    assert in_order(solution) == in_order(PICKS)
+    target = open_target(folder / "output/heatmaps/TS_2.zarr")
+    assert target.particles.names == ("apo-ferritin", "beta-galactosidase", "ribosome")
+    np.testing.assert_allclose(target.centers_zyx_voxel, [[18, 34, 2]], atol=1e-4)
+    for picks, message in (("none", "none: no such file or folder"), ("wrong.csv", "did you mean 'ribosome'")):
+        write_picks(folder / "wrong.csv", PICKS.assign(particle="ribosom"))
+        result = run_script("03_create_solution.py", f"picks={picks}", cwd=folder, check=False)
+        assert result.returncode == 2 and message in result.stderr, result.stderr
 
 
 def test_the_page_names_every_format() -> None:

@@ -5,12 +5,13 @@ from __future__ import annotations
 import glob
 import logging
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
+from numpy.typing import NDArray
 from scipy.spatial import cKDTree
 
 from czii25d.data.mrc import VOLUME_SUFFIXES
@@ -234,8 +235,7 @@ def read_run_picks(run: Run, particles: ParticleSet) -> pd.DataFrame:
 
 
 def _read_picks(run: str, folder: Path, particles: ParticleSet) -> pd.DataFrame:
-    frames: list[pd.DataFrame] = []
-    duplicates = 0
+    locations: dict[str, NDArray[np.float64]] = {}
     for name in particles.names:
         path = folder / f"{name}.json"
         if not path.is_file():
@@ -246,11 +246,32 @@ def _read_picks(run: str, folder: Path, particles: ParticleSet) -> pd.DataFrame:
                 f"{', '.join(there) or 'no pick file'}{did_you_mean(name, there)}",
                 "add it (with an empty list of points if there are none), or lower class_num",
             )
-        locations = read_picks_json(path, name)
-        pairs = cKDTree(locations).query_pairs(DUPLICATE_ANGSTROM) if len(locations) else set()
+        locations[name] = read_picks_json(path, name)
+    return _without_duplicates(run, locations)
+
+
+def picks_by_run(picks: pd.DataFrame, particles: ParticleSet) -> dict[str, pd.DataFrame]:
+    """Return the picks frame of every run that a frame names, by name: the wanted particles in channel order.
+
+    A pick that repeats another of its class is dropped, with a warning that counts them.
+    """
+    return {
+        str(run): _without_duplicates(
+            str(run),
+            {name: own.loc[own["particle"] == name, ["x", "y", "z"]].to_numpy(np.float64) for name in particles.names},
+        )
+        for run, own in picks.groupby("run")
+    }
+
+
+def _without_duplicates(run: str, locations: Mapping[str, NDArray[np.float64]]) -> pd.DataFrame:
+    frames: list[pd.DataFrame] = []
+    duplicates = 0
+    for name, rows in locations.items():
+        pairs = cKDTree(rows).query_pairs(DUPLICATE_ANGSTROM) if len(rows) else set()
         repeated = sorted({later for _, later in pairs})
         duplicates += len(repeated)
-        frames.append(make_picks(run, name, np.delete(locations, repeated, axis=0)))
+        frames.append(make_picks(run, name, np.delete(rows, repeated, axis=0)))
     if duplicates:
         logger.warning("run %s: dropped %d duplicate picks", run, duplicates)
     return concat_picks(frames)

@@ -13,7 +13,6 @@ from omegaconf import DictConfig
 from rich.console import Console
 from rich.progress import track
 
-from czii25d.data.runs import find_picks
 from czii25d.data.targets import make_recipe, read_recipe, write_heatmap
 from czii25d.data.volumes import open_volume
 from czii25d.errors import InputError
@@ -21,6 +20,7 @@ from czii25d.formats.fit import check_picks_fit
 from czii25d.geometry import Shape3D, Spacing3D
 from czii25d.heatmap import default_sigma
 from czii25d.particles import ParticleSet
+from czii25d.pipeline.solution import gather_picks
 
 logger = logging.getLogger(__name__)
 
@@ -34,7 +34,7 @@ def create_mask(cfg: DictConfig) -> list[Path]:
     chosen = cfg.heatmap.sigma_angstrom or {}
     output = Path(cfg.paths.output)
     recipes = {}
-    for run, picks in find_picks(cfg.paths.input, "train", particles).items():
+    for run, picks in gather_picks(cfg, particles).items():
         volume = open_volume(output / "volumes" / "train" / run)
         shape: Shape3D = volume.data.shape
         inside = drop_outside(picks, run, volume.voxel_spacing, shape)
