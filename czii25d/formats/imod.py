@@ -6,10 +6,9 @@ Conventions
 - Coordinates are in voxels of the tomogram. They run from 0 to NX and NY in x and y, so the first voxel's centre is at
   0.5, but from -0.5 in z, where the first slice is at 0 (IMOD's specification, "Model Coordinate Conventions").
 - Numbers of the binary file are big-endian, coordinates 32-bit floats: 1e-3 angstrom is kept up to about 2000 voxels.
-- The score is each point's "value" (VALUE1 in its contour's general storage), which 3dmod can show as colour and
-  ``model2point -values 1`` writes.
-- The text's columns are ``x y z``, ``contour x y z``, ``object contour x y z``, or the last with the value behind. It
-  names no particles: objects are numbered by the table of particles.
+- The score is each point's "value" (VALUE1 in its contour's general storage), which 3dmod can show as colour.
+- The text's columns are ``x y z``, ``contour x y z``, ``object contour x y z``, or the last with the score
+  behind, which is this project's own. It names no particles: objects are numbered by the table of particles.
 
 Sources: https://bio3d.colorado.edu/imod/doc/binspec.html, https://bio3d.colorado.edu/imod/doc/man/model2point.html
 """
