@@ -66,6 +66,15 @@ def read_picks_json(path: Path | str, particle: str) -> NDArray[np.float64]:
         If it is no JSON, misses ``points`` or a ``location``, holds anything but finite numbers there, or
         states a unit other than angstrom.
     """
+    content = load_picks_json(path, particle)
+    return np.array([list(point["location"].values()) for point in content["points"]], np.float64).reshape(-1, 3)
+
+
+def load_picks_json(path: Path | str, particle: str = "picks") -> dict[str, Any]:
+    """Return the content of a copick JSON file once it has been checked; see `read_picks_json`.
+
+    Each of ``content["points"]`` has a ``location`` of x, y, z in this order, in angstrom.
+    """
     where = f"{path} ({particle})"
     try:
         content = json.loads(Path(path).read_text(encoding="utf-8"))
@@ -78,43 +87,64 @@ def read_picks_json(path: Path | str, particle: str) -> NDArray[np.float64]:
     unit = content.get("unit", "angstrom")
     if unit != "angstrom":
         raise InputError(where, "the unit angstrom", repr(unit), "convert the locations to angstrom")
-    rows = [_read_location(point, f"{where}, point {index}") for index, point in enumerate(content["points"])]
-    return np.array(rows, np.float64).reshape(-1, 3)
+    points = [
+        {**(point if isinstance(point, dict) else {}), "location": _read_location(point, f"{where}, point {index}")}
+        for index, point in enumerate(content["points"])
+    ]
+    return {**content, "points": points}
 
 
-def _read_location(point: Any, where: str) -> tuple[float, ...]:
+def _read_location(point: Any, where: str) -> dict[str, float]:
     location = point.get("location") if isinstance(point, dict) else None
     values = [location.get(axis) if isinstance(location, dict) else None for axis in "xyz"]
     for value in values:
         if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
             raise InputError(where, "a location of three finite numbers x, y, z", f"{values}", "correct that point")
-    return tuple(values)  # type: ignore[arg-type]  # just checked
+    return dict(zip("xyz", values, strict=True))  # type: ignore[arg-type]  # just checked
 
 
-def write_picks_json(path: Path | str, run: str, particle: str, locations_xyz_angstrom: ArrayLike) -> None:
-    """Write ``(N, 3)`` locations, x y z in angstrom, as the competition's pick file."""
+def write_picks_json(
+    path: Path | str,
+    run: str,
+    particle: str,
+    locations_xyz_angstrom: ArrayLike,
+    scores: ArrayLike | None = None,
+    user_id: str = "curation",
+    session_id: str = "0",
+) -> None:
+    """Write ``(N, 3)`` locations, x y z in angstrom, and perhaps ``(N,)`` scores as copick's JSON.
+
+    Without scores it is the competition's pick file. Copick itself names such a file
+    ``<user_id>_<session_id>_<particle>.json``.
+    """
     locations = np.asarray(locations_xyz_angstrom, np.float64).reshape(-1, 3).round(DECIMALS["x"])
-    identity = np.eye(4).tolist()
+    points: list[dict[str, Any]] = [
+        {"location": dict(zip("xyz", row, strict=True)), "transformation_": np.eye(4).tolist(), "instance_id": 0}
+        for row in locations.tolist()
+    ]
+    if scores is not None:
+        values = np.asarray(scores, np.float64).round(DECIMALS["score"]).tolist()
+        points = [{**point, "score": value} for point, value in zip(points, values, strict=True)]
     content = {
         "pickable_object_name": particle,
-        "user_id": "curation",
-        "session_id": "0",
+        "user_id": user_id,
+        "session_id": session_id,
         "run_name": run,
         "voxel_spacing": None,
         "unit": "angstrom",
-        "points": [
-            {"location": dict(zip("xyz", row, strict=True)), "transformation_": identity, "instance_id": 0}
-            for row in locations.tolist()
-        ],
+        "points": points,
     }
     with write_aside(path) as partial:
         partial.write_text(json.dumps(content), encoding="utf-8")
 
 
-def read_picks_csv(path: Path | str, scored: bool = False) -> pd.DataFrame:
+def read_picks_csv(
+    path: Path | str, scored: bool = False, run: str | None = None, particle: str | None = None
+) -> pd.DataFrame:
     """Read picks from a CSV file, by the competition's column names or this project's.
 
-    Other columns (``id``, a fold, ...) are left out. A header without rows is a file of no picks.
+    Other columns (``id``, a fold, ...) are left out. A header without rows is a file of no picks. A file without a
+    column of runs, or of particles, is read if ``run``, or ``particle``, names the only one.
 
     Raises
     ------
@@ -126,6 +156,9 @@ def read_picks_csv(path: Path | str, scored: bool = False) -> pd.DataFrame:
     except (pd.errors.EmptyDataError, pd.errors.ParserError, UnicodeDecodeError) as error:
         raise InputError(path, "a CSV file of picks", str(error), "write it again") from None
     table = table.rename(columns={theirs: ours for ours, theirs in COMPETITION_NAMES.items()})
+    for name, value in (("run", run), ("particle", particle)):
+        if value is not None and name not in table:
+            table[name] = value
     columns = [*PICK_COLUMNS, "score"] if scored else list(PICK_COLUMNS)
     for name in columns:
         if (count := list(table.columns).count(name)) != 1:

@@ -1,22 +1,30 @@
-"""Runs (tilt series) on disk, in the competition's layout."""
+"""Runs (tilt series) on disk: in the competition's layout, or any tomograms in a folder, by a glob or a CSV file."""
 
 from __future__ import annotations
 
+import glob
 import logging
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
+from numpy.typing import NDArray
 from scipy.spatial import cKDTree
 
+from czii25d.data.mrc import VOLUME_SUFFIXES
+from czii25d.data.tomogram import as_voxel_spacing
 from czii25d.errors import InputError, did_you_mean
+from czii25d.geometry import Spacing3D
 from czii25d.particles import ParticleSet
 from czii25d.picks import concat_picks, make_picks, read_picks_json
 
 logger = logging.getLogger(__name__)
 
 LAYOUT = "{split}/static/ExperimentRuns/<run>/VoxelSpacing<number>/{reconstruction}.zarr"
+TOMOGRAM_SUFFIXES = (*VOLUME_SUFFIXES, ".npy", ".zarr")
 DUPLICATE_ANGSTROM = 1e-3  # picks of one class as near as this are one pick written twice
 
 
@@ -31,15 +39,18 @@ class Run:
     split
         ``"train"`` or ``"test"``.
     tomogram
-        Its OME-Zarr.
+        Its OME-Zarr, MRC or ``.npy`` file.
     picks_dir
         The folder of its pick files, if there is one.
+    voxel_spacing
+        Angstrom per voxel along z, y, x, in place of what the tomogram states.
     """
 
     name: str
     split: str
     tomogram: Path
     picks_dir: Path | None
+    voxel_spacing: Spacing3D | None = None
 
 
 def find_runs(
@@ -78,6 +89,85 @@ def find_runs(
             )
         picks_dir = _picks_dir(input_dir, split, folder.name)
         runs.append(Run(folder.name, split, tomogram, picks_dir if picks_dir.is_dir() else None))
+    return runs
+
+
+def find_tomograms(
+    tomograms: Path | str, split: str = "train", voxel_spacing: float | Sequence[float] | None = None
+) -> list[Run]:
+    """Return the runs of any tomograms, sorted by name.
+
+    Parameters
+    ----------
+    tomograms
+        A tomogram; a folder of them (``.mrc``, ``.rec``, ``.map``, ``.npy``, ``.zarr``); a glob such as
+        ``"data/*/rec.mrc"``; or a CSV file with the columns ``run, tomogram`` and perhaps ``voxel_spacing``, whose
+        relative paths start at its own folder. Without a CSV a run is called as its file, without the suffix; where
+        two files share a name, as their folders.
+    split
+        What the runs are for.
+    voxel_spacing
+        Angstrom per voxel, one number or z, y, x, in place of what the tomograms state; a CSV's column goes before it.
+
+    Raises
+    ------
+    InputError
+        If there is no tomogram, two runs share a name, or the CSV lacks a column.
+    """
+    given = None if voxel_spacing is None else as_voxel_spacing(voxel_spacing)
+    path = Path(tomograms)
+    if path.suffix.lower() == ".csv":
+        runs = _read_run_table(path, split, given)
+    else:
+        if path.suffix.lower() in TOMOGRAM_SUFFIXES and path.exists():
+            files = [path]
+        elif path.is_dir():
+            files = [file for file in path.iterdir() if file.suffix.lower() in TOMOGRAM_SUFFIXES]
+        else:
+            files = [Path(name) for name in glob.glob(str(tomograms), recursive=True)]
+        files = sorted(file for file in files if not file.name.startswith("."))
+        shared = len({file.stem for file in files}) < len(files)
+        runs = [Run(file.parent.name if shared else file.stem, split, file, None, given) for file in files]
+    if not runs:
+        raise InputError(
+            tomograms,
+            f"tomograms ({', '.join(TOMOGRAM_SUFFIXES)}), a glob of them or a CSV of run,tomogram",
+            "none" if path.exists() else "no such file or folder",
+            "correct the path",
+        )
+    names = [run.name for run in runs]
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise InputError(tomograms, "each run once", f"{', '.join(twice)} twice", "name the runs in a CSV file")
+    for name in names:
+        if not name or name.startswith(".") or re.search(r"[/\\\0]", name):
+            raise InputError(tomograms, "names of runs that can name a folder", repr(name), "rename that run")
+    return sorted(runs, key=lambda run: run.name)
+
+
+def _read_run_table(path: Path, split: str, voxel_spacing: Spacing3D | None) -> list[Run]:
+    try:
+        table = pd.read_csv(path, dtype=str, keep_default_na=False, skipinitialspace=True)
+    except (pd.errors.EmptyDataError, pd.errors.ParserError, UnicodeDecodeError) as error:
+        raise InputError(path, "a CSV file of run,tomogram[,voxel_spacing]", str(error), "write it again") from None
+    missing = {"run", "tomogram"} - set(table.columns)
+    if missing:
+        raise InputError(
+            path, "the columns run, tomogram[, voxel_spacing]", ", ".join(table.columns), f"add {', '.join(missing)}"
+        )
+    runs = []
+    for line, row in enumerate(table.to_dict("records"), start=2):
+        where, spacing, text = f"{path}, line {line}", voxel_spacing, row.get("voxel_spacing", "")
+        if text:
+            try:
+                spacing = as_voxel_spacing(float(text), where)
+            except ValueError as error:
+                if isinstance(error, InputError):
+                    raise
+                raise InputError(where, "a voxel spacing in angstrom", repr(text), "correct that line") from None
+        if not row["tomogram"] or not (path.parent / row["tomogram"]).exists():
+            raise InputError(where, "a tomogram", f"none at '{row['tomogram']}'", "correct that line")
+        runs.append(Run(row["run"], split, path.parent / row["tomogram"], None, spacing))
     return runs
 
 
@@ -145,8 +235,7 @@ def read_run_picks(run: Run, particles: ParticleSet) -> pd.DataFrame:
 
 
 def _read_picks(run: str, folder: Path, particles: ParticleSet) -> pd.DataFrame:
-    frames: list[pd.DataFrame] = []
-    duplicates = 0
+    locations: dict[str, NDArray[np.float64]] = {}
     for name in particles.names:
         path = folder / f"{name}.json"
         if not path.is_file():
@@ -157,11 +246,32 @@ def _read_picks(run: str, folder: Path, particles: ParticleSet) -> pd.DataFrame:
                 f"{', '.join(there) or 'no pick file'}{did_you_mean(name, there)}",
                 "add it (with an empty list of points if there are none), or lower class_num",
             )
-        locations = read_picks_json(path, name)
-        pairs = cKDTree(locations).query_pairs(DUPLICATE_ANGSTROM) if len(locations) else set()
+        locations[name] = read_picks_json(path, name)
+    return _without_duplicates(run, locations)
+
+
+def picks_by_run(picks: pd.DataFrame, particles: ParticleSet) -> dict[str, pd.DataFrame]:
+    """Return the picks frame of every run that a frame names, by name: the wanted particles in channel order.
+
+    A pick that repeats another of its class is dropped, with a warning that counts them.
+    """
+    return {
+        str(run): _without_duplicates(
+            str(run),
+            {name: own.loc[own["particle"] == name, ["x", "y", "z"]].to_numpy(np.float64) for name in particles.names},
+        )
+        for run, own in picks.groupby("run")
+    }
+
+
+def _without_duplicates(run: str, locations: Mapping[str, NDArray[np.float64]]) -> pd.DataFrame:
+    frames: list[pd.DataFrame] = []
+    duplicates = 0
+    for name, rows in locations.items():
+        pairs = cKDTree(rows).query_pairs(DUPLICATE_ANGSTROM) if len(rows) else set()
         repeated = sorted({later for _, later in pairs})
         duplicates += len(repeated)
-        frames.append(make_picks(run, name, np.delete(locations, repeated, axis=0)))
+        frames.append(make_picks(run, name, np.delete(rows, repeated, axis=0)))
     if duplicates:
         logger.warning("run %s: dropped %d duplicate picks", run, duplicates)
     return concat_picks(frames)

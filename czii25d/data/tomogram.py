@@ -1,4 +1,8 @@
-"""Tomograms as they come: OME-Zarr of either Zarr format, checked before anything is made of them."""
+"""Tomograms as they come (OME-Zarr, MRC, ``.npy``), checked before anything is made of them.
+
+Nothing is read when a tomogram is opened but its metadata: a Zarr decodes chunk by chunk, an MRC or ``.npy`` file is
+memory-mapped.
+"""
 
 from __future__ import annotations
 
@@ -13,6 +17,7 @@ import numpy as np
 import zarr
 from numpy.typing import NDArray
 
+from czii25d.data.mrc import MRC_SUFFIXES, VOLUME_SUFFIXES, open_mrc
 from czii25d.errors import InputError
 from czii25d.geometry import Shape3D, Spacing3D
 
@@ -27,39 +32,88 @@ class Tomogram:
     Parameters
     ----------
     path
-        Its OME-Zarr.
+        Its OME-Zarr, MRC or ``.npy`` file.
     shape
         ``(D, H, W)`` voxels.
     voxel_spacing
         Angstrom per voxel along z, y, x.
     array
-        The Zarr array itself.
+        ``(D, H, W)`` real numbers: the Zarr array itself, or the file, memory-mapped. A slice of it reads that slice.
     """
 
     path: Path
     shape: Shape3D
     voxel_spacing: Spacing3D
-    array: zarr.Array
+    array: zarr.Array | NDArray[Any]
 
 
-def open_tomogram(path: Path | str, level: int = 0) -> Tomogram:
-    """Open one level of an OME-Zarr (Zarr v2 or v3) and check its metadata.
+def open_tomogram(path: Path | str, voxel_spacing: float | Sequence[float] | None = None, level: int = 0) -> Tomogram:
+    """Open a tomogram and check its metadata.
 
     Parameters
     ----------
     path
-        ``.../VoxelSpacing10.000/denoised.zarr``. The number in its folder's name, if it has one, must agree
-        with the metadata within 5 %.
+        An OME-Zarr (Zarr v2 or v3), an MRC file (``.mrc``, ``.rec``, ``.map``) or a NumPy file (``.npy``). Where an
+        OME-Zarr lies in a folder ``VoxelSpacing<number>``, its metadata must agree with that number within 5 %.
+    voxel_spacing
+        Angstrom per voxel, one number or z, y, x. It goes before what the file states, for headers that lie; a
+        ``.npy`` states nothing and needs it. ``None``: as the file states.
     level
-        Of the resolution pyramid; 0 is full resolution.
+        Of an OME-Zarr's resolution pyramid; 0 is full resolution.
 
     Raises
     ------
     InputError
-        If it cannot be opened, its axes are not z, y, x in angstrom or nanometer, its voxel spacing is
-        missing, not positive or at odds with the folder, its origin is not 0, or it has no voxels.
+        If it cannot be opened, is of another format, compressed or cut; if its voxel spacing is missing or not
+        positive; if its axes are not z, y, x; or if it has no voxels.
     """
     path = Path(path)
+    given = None if voxel_spacing is None else as_voxel_spacing(voxel_spacing)
+    if path.suffix.lower() in MRC_SUFFIXES and path.is_file():
+        array, spacing = open_mrc(path, given)
+        return Tomogram(path, (array.shape[0], array.shape[1], array.shape[2]), spacing, array)
+    if path.suffix.lower() == ".npy" and path.is_file():
+        return _open_npy(path, given)
+    if path.is_dir():
+        return _open_zarr(path, given, level)
+    raise InputError(
+        path,
+        f"a tomogram (an OME-Zarr folder, {', '.join(VOLUME_SUFFIXES)} or .npy)",
+        "no such file" if not path.exists() else f"a file ending in '{path.suffix}'",
+        "correct the path" if not path.exists() else _unpacking_cure(path),
+    )
+
+
+def as_voxel_spacing(voxel_spacing: float | Sequence[float], where: object = "voxel_spacing") -> Spacing3D:
+    """Return one number, or three (z, y, x), of angstrom per voxel as a checked triple."""
+    sides = list(voxel_spacing) if isinstance(voxel_spacing, Sequence) else [voxel_spacing] * 3
+    numbers = [side for side in sides if isinstance(side, int | float) and not isinstance(side, bool)]
+    if len(sides) != 3 or len(numbers) != 3 or not all(math.isfinite(side) and side > 0 for side in numbers):
+        raise InputError(
+            where, "a voxel spacing above 0 angstrom, one number or z, y, x", repr(voxel_spacing), "correct it"
+        )
+    return float(numbers[0]), float(numbers[1]), float(numbers[2])
+
+
+def _unpacking_cure(path: Path) -> str:
+    packed = path.suffix.lower() in (".gz", ".bz2", ".xz", ".zip")
+    return "unpack it first (gunzip, bunzip2, ...)" if packed else "convert it to one of these"
+
+
+def _open_npy(path: Path, given: Spacing3D | None) -> Tomogram:
+    if given is None:
+        raise InputError(path, "a voxel spacing", "none: .npy files hold no metadata", "give voxel_spacing")
+    try:
+        array = np.load(path, mmap_mode="r", allow_pickle=False)
+    except (ValueError, EOFError, OSError) as error:  # a truncated file cannot be mapped
+        raise InputError(path, "a whole .npy file", f"{type(error).__name__}: {error}", "copy it again") from None
+    if not isinstance(array, np.ndarray) or array.ndim != 3 or 0 in array.shape or array.dtype.kind not in "iuf":
+        found = f"{array.shape} of {array.dtype}" if isinstance(array, np.ndarray) else "an archive"
+        raise InputError(path, "a 3D array of real numbers with at least one voxel", found, "export it again")
+    return Tomogram(path, (array.shape[0], array.shape[1], array.shape[2]), given, array)
+
+
+def _open_zarr(path: Path, given: Spacing3D | None, level: int) -> Tomogram:
     try:
         group = zarr.open_group(str(path), mode="r")
     except Exception as error:  # every store and format fails in its own way
@@ -68,13 +122,16 @@ def open_tomogram(path: Path | str, level: int = 0) -> Tomogram:
     multiscales = attributes.get("multiscales") or _mapping(attributes.get("ome")).get("multiscales")
     if not isinstance(multiscales, list) or not multiscales or not isinstance(multiscales[0], Mapping):
         raise InputError(path, "OME-Zarr metadata ('multiscales')", "none", "export it as OME-Zarr 0.4 or 0.5")
-    unit = _read_unit(multiscales[0].get("axes"), path)
+    unit = _read_unit(multiscales[0].get("axes"), path, needed=given is None)
     datasets = multiscales[0].get("datasets")
     if not isinstance(datasets, list) or not 0 <= level < len(datasets):
         found = f"{len(datasets)} levels" if isinstance(datasets, list) else "none"
         raise InputError(path, f"resolution level {level}", found, "choose a lower level")
-    spacings = [_read_spacing(multiscales[0], dataset, unit, path) for dataset in (datasets[0], datasets[level])]
-    if match := re.fullmatch(r"VoxelSpacing(\d+\.?\d*)", path.parent.name):
+    if given is None:
+        spacings = [_read_spacing(multiscales[0], dataset, unit, path) for dataset in (datasets[0], datasets[level])]
+    else:
+        spacings = [given, given]
+    if (match := re.fullmatch(r"VoxelSpacing(\d+\.?\d*)", path.parent.name)) and given is None:
         folder = float(match[1])
         if any(abs(spacing / folder - 1) > FOLDER_TOLERANCE for spacing in spacings[0]):
             raise InputError(
@@ -103,13 +160,15 @@ def _mapping(value: Any) -> Mapping[str, Any]:
     return value if isinstance(value, Mapping) else {}
 
 
-def _read_unit(axes: Any, path: Path) -> float:
-    """Return angstroms per unit of length."""
+def _read_unit(axes: Any, path: Path, needed: bool) -> float:
+    """Return angstroms per unit of length; where it is not needed, only the axes' order is checked."""
     axes = [_mapping(axis) for axis in axes] if isinstance(axes, list) else []
     names = [axis.get("name") for axis in axes]
     if names != ["z", "y", "x"]:
         raise InputError(path, "the axes z, y, x", str(names), "export it with these axes")
     units = {axis.get("unit") for axis in axes}
+    if not needed:
+        return 1.0
     if len(units) != 1 or (unit := units.pop()) not in ANGSTROM_PER_UNIT:
         found = ", ".join(str(axis.get("unit")) for axis in axes)
         raise InputError(
@@ -176,6 +235,17 @@ def read_volume(tomogram: Tomogram, fill_missing_chunks: bool = False) -> NDArra
         If chunks are missing or cannot be decoded, or if the volume is constant or not finite.
     """
     array, path = tomogram.array, tomogram.path
+    volume = _read_zarr(array, path, fill_missing_chunks) if isinstance(array, zarr.Array) else _read_mapped(array)
+    low, high = float(volume.min()), float(volume.max())  # NaN wins in both
+    if not (math.isfinite(low) and math.isfinite(high)):
+        count = int(volume.size - np.isfinite(volume).sum())
+        raise InputError(path, "finite voxels", f"{count} NaN or infinite ones", "reconstruct or copy it again")
+    if low == high:
+        raise InputError(path, "a tomogram with contrast", f"{low} in every voxel", "reconstruct or copy it again")
+    return volume
+
+
+def _read_zarr(array: zarr.Array, path: Path, fill_missing_chunks: bool) -> NDArray[np.float32]:
     if not fill_missing_chunks and array.nchunks_initialized != array.nchunks:
         raise InputError(
             path,
@@ -186,7 +256,7 @@ def read_volume(tomogram: Tomogram, fill_missing_chunks: bool = False) -> NDArra
     try:
         # One chunk after the other: decoding is quick, and ten of the competition's chunks at once are 1 GB.
         with zarr.config.set({"async.concurrency": 1}):
-            volume = np.asarray(array[...], np.float32)
+            return np.asarray(array[...], np.float32)
     except Exception as error:  # every codec fails in its own way
         raise InputError(
             path,
@@ -194,21 +264,25 @@ def read_volume(tomogram: Tomogram, fill_missing_chunks: bool = False) -> NDArra
             f"a truncated or corrupt one ({type(error).__name__}: {error})",
             "copy the tomogram again",
         ) from None
-    low, high = float(volume.min()), float(volume.max())  # NaN wins in both
-    if not (math.isfinite(low) and math.isfinite(high)):
-        count = int(volume.size - np.isfinite(volume).sum())
-        raise InputError(path, "finite voxels", f"{count} NaN or infinite ones", "reconstruct or copy it again")
-    if low == high:
-        raise InputError(path, "a tomogram with contrast", f"{low} in every voxel", "reconstruct or copy it again")
+
+
+def _read_mapped(array: NDArray[Any]) -> NDArray[np.float32]:
+    volume = np.empty(array.shape, np.float32)
+    for plane, stored in zip(volume, array, strict=True):  # by planes: one pass over the file, no second copy
+        plane[...] = stored
     return volume
 
 
 def describe_source(tomogram: Tomogram) -> dict[str, Any]:
     """Return what tells this tomogram from another, or from itself before a change; no voxel is read."""
-    stored = [file.stat() for file in sorted((tomogram.path / tomogram.array.path).rglob("*")) if file.is_file()]
+    if isinstance(tomogram.array, zarr.Array):
+        name = tomogram.array.path
+        stored = [file.stat() for file in sorted((tomogram.path / name).rglob("*")) if file.is_file()]
+    else:
+        name, stored = "", [tomogram.path.stat()]
     return {
         "tomogram": str(tomogram.path),
-        "array": tomogram.array.path,
+        "array": name,
         "shape": list(tomogram.shape),
         "voxel_spacing": list(tomogram.voxel_spacing),
         "bytes": sum(status.st_size for status in stored),

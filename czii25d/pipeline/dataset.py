@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import logging
 import time
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from omegaconf import OmegaConf
 from rich.console import Console
 from rich.progress import track
 
-from czii25d.data.runs import Run, find_runs
-from czii25d.data.tomogram import describe_source, open_tomogram, read_volume
+from czii25d.data.runs import Run, find_runs, find_tomograms
+from czii25d.data.tomogram import as_voxel_spacing, describe_source, open_tomogram, read_volume
 from czii25d.data.volumes import Volume, open_volume, read_meta, write_volume
 from czii25d.errors import InputError
 from czii25d.pipeline.app import keep_freed_memory
@@ -34,10 +36,18 @@ def create_dataset(cfg: DictConfig) -> list[Volume]:
         raise InputError("key mode", "train, test or null for both", repr(cfg.mode), "choose one")
     input_dir = Path(cfg.paths.input)
     # The hidden test set is often not there: without a choice, take what is.
+    spacing: Any = (
+        OmegaConf.to_object(cfg.voxel_spacing) if OmegaConf.is_config(cfg.voxel_spacing) else cfg.voxel_spacing
+    )
     splits = [cfg.mode] if cfg.mode else ["train", *(["test"] if (input_dir / "test").is_dir() else [])]
-    runs = [
-        run for split in splits for run in find_runs(input_dir, split, cfg.reconstruction, cfg.voxel_spacing_folder)
-    ]
+    if cfg.tomograms is not None:
+        runs = find_tomograms(cfg.tomograms, cfg.mode or "train", spacing)
+    else:
+        runs = [
+            replace(run, voxel_spacing=None if spacing is None else as_voxel_spacing(spacing))
+            for split in splits
+            for run in find_runs(input_dir, split, cfg.reconstruction, cfg.voxel_spacing_folder)
+        ]
     console = Console(stderr=True)
     rows, volumes = [], []
     for run in track(runs, "volumes", console=console, transient=True, disable=not console.is_terminal):
@@ -62,7 +72,7 @@ def create_dataset(cfg: DictConfig) -> list[Volume]:
 
 def create_volume(run: Run, folder: Path, level: int, fill_missing_chunks: bool) -> tuple[Volume, bool]:
     """Return the volume of a run, and whether it had to be made."""
-    tomogram = open_tomogram(run.tomogram, level)
+    tomogram = open_tomogram(run.tomogram, run.voxel_spacing, level)
     source = describe_source(tomogram)
     try:
         if read_meta(folder).get("source") == source:
