@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -12,14 +15,15 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from conftest import SPACING, run_script
+import zarr
+from conftest import PROJECT, SPACING, run_script
 from omegaconf import DictConfig
 from safetensors.torch import save_file
 
 from czii25d.data.volumes import open_volume, write_volume
 from czii25d.errors import InputError
 from czii25d.geometry import PUBLISHED_OFFSET_VOXEL
-from czii25d.inference import Ensemble, InferenceOptions, Member, pick_volume
+from czii25d.inference import Ensemble, InferenceOptions, Member, pick_volume, predict_heatmap
 from czii25d.metrics import DEFAULT_THRESHOLD, score
 from czii25d.models import create_model
 from czii25d.models.checkpoint import ModelCard, load_checkpoint, save_weights
@@ -280,6 +284,91 @@ def test_a_network_that_gives_nan_is_said_to(work: Path) -> None:
     save_weights("folds/a.safetensors", net, card)
     with pytest.raises(InputError, match=r"TS_1.*NaN"):
         run_predict()
+
+
+def results(folder: str = "output/predictions") -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(Path(folder).rglob("*.csv"))}
+
+
+def test_shards_find_together_what_one_process_finds(work: Path, caplog: pytest.LogCaptureFixture) -> None:
+    run_predict()
+    assert run_predict("predictions=shared", "infer.shard=1/2").empty
+    assert not Path("shared/submission.csv").exists() and len(results("shared")) == 1
+    assert len(run_predict("predictions=shared", "infer.shard=0/2"))
+    assert results("shared") == results()
+
+
+def test_two_processes_find_what_one_finds(work: Path) -> None:
+    run_predict()
+    keys = "checkpoints=folds/a.safetensors", "infer.runtime=torch", FLOOR, LOW, "predictions=two"
+    run_script("21_predict.py", *keys, "infer.device=[cpu,cpu]", cwd=work)
+    assert results("two") == results()
+
+
+def test_an_error_in_a_process_of_several_is_one_line(work: Path) -> None:
+    keys = "checkpoints=folds/a.safetensors", "infer.runtime=torch", "infer.device=[cpu,tpu]", FLOOR, LOW
+    result = run_script("21_predict.py", *keys, cwd=work, check=False)
+    assert result.returncode == 2 and "infer.device" in result.stderr and "Traceback" not in result.stderr
+
+
+def test_a_killed_run_goes_on_and_ends_with_the_same_files(work: Path) -> None:
+    for number in range(3, 7):
+        shutil.copytree("output/volumes/test/TS_1", f"output/volumes/test/TS_{number}")
+    run_predict()
+    command = [sys.executable, str(PROJECT / "21_predict.py"), "checkpoints=folds/a.safetensors", "infer.runtime=torch"]
+    command += [FLOOR, LOW, "predictions=killed"]
+    process = subprocess.Popen(command, cwd=work, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while process.poll() is None and len(list(Path("killed/runs").glob("*.csv"))) < 2:
+        time.sleep(0.002)
+    process.kill()
+    process.wait()
+    assert 2 <= len(list(Path("killed/runs").glob("*.csv"))) and not Path("killed/submission.csv").exists()
+    subprocess.run(command, cwd=work, check=True, capture_output=True)
+    assert results("killed") == results()
+
+
+def test_tomograms_are_picked_without_01_as_with_it(work: Path, input_dir: Path) -> None:
+    keys = f"paths.input={input_dir}", "split=train"
+    run_script("01_create_dataset.py", keys[0], "mode=train", cwd=work)
+    run_predict(*keys)
+    run_predict(*keys, "source=tomograms", "predictions=straight")
+    assert results("straight") == results() and len(results()) > 2
+    assert not list(Path("straight/.volumes").iterdir())
+    shutil.rmtree("output/volumes/train")
+    run_predict(*keys, "predictions=auto")
+    assert results("auto") == results()
+
+
+def test_tomograms_of_any_folder_are_picked(work: Path) -> None:
+    volume = open_volume("output/volumes/test/TS_1")
+    Path("mine").mkdir()
+    np.save("mine/TS_1.npy", volume.planes(0, volume.shape[0]) * 5 + 3)
+    spacing = f"voxel_spacing=[{','.join(map(str, SPACING))}]"
+    expected = run_predict("runs=TS_1")
+    found = run_predict("tomograms=mine", spacing, "predictions=other")
+    assert len(found) == len(expected) > 100
+    np.testing.assert_allclose(found[["x", "y", "z"]], expected[["x", "y", "z"]], atol=0.5)  # rounded once more
+    Path("mine/bad.npy").write_bytes(b"no array")
+    with pytest.raises(InputError, match=r"1 of 2 runs.*bad\.npy"):
+        run_predict("tomograms=mine", spacing, "predictions=again")
+    assert set(read_picks_csv("again/submission.csv")["run"]) == {"TS_1"}
+
+
+def test_heatmaps_are_kept_on_request(work: Path) -> None:
+    run_predict("infer.save_heatmaps=true", "runs=TS_2")
+    group = zarr.open_group("output/predictions/heatmaps/TS_2.zarr", mode="r")
+    net, _ = load_checkpoint("folds/a.safetensors")
+    volume = open_volume("output/volumes/test/TS_2")
+    expected = predict_heatmap(volume, TorchNetwork(net), 2, OPTIONS).clamp(0, 1).numpy()
+    assert group["0"].shape == expected.shape
+    np.testing.assert_allclose(group["0"][...] / 255, expected, atol=1 / 255)
+    assert [channel["label"] for channel in group.attrs["omero"]["channels"]] == list(PARTICLES.names)
+
+
+def test_a_compiled_network_gives_the_same_picks(work: Path) -> None:
+    expected = run_predict("runs=TS_1")
+    found = run_predict("runs=TS_1", "infer.compile=true", "predictions=compiled")
+    np.testing.assert_allclose(found[["x", "y", "z"]], expected[["x", "y", "z"]], atol=0.01)
 
 
 # ---- 22 --------------------------------------------------------------------------------------------------------------

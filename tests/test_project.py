@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 
 import hydra
 import numpy as np
@@ -22,13 +23,25 @@ def test_compose_file_gives_a_gpu_a_mount_and_an_idle_service() -> None:
     [device] = service["deploy"]["resources"]["reservations"]["devices"]
     assert device["driver"] == "nvidia" and "gpu" in device["capabilities"]
     assert ".:/workspace" in service["volumes"]
+    assert "profiles" not in service  # `docker compose up` starts it
     dockerfile = (PROJECT / service["build"]["dockerfile"]).read_text()
+    assert "tensorrt" in dockerfile
     assert re.search(r"^USER dev$", dockerfile, re.M), "not root"
     assert "WORKDIR /workspace" in dockerfile and "sleep" in dockerfile
     for line in dockerfile.splitlines():
         if line.startswith("COPY"):
             for source in line.split()[2:-1]:
                 assert (PROJECT / source).exists(), line
+
+
+def test_the_service_that_predicts_gives_keys_that_exist() -> None:
+    service = yaml.safe_load((PROJECT / "docker-compose.yml").read_text())["services"]["predict"]
+    mounts = [re.search(r":(/[^:]+)(:ro)?$", volume)[1] for volume in service["volumes"]]  # type: ignore[index]
+    python, script, *overrides = service["entrypoint"]
+    assert python == "python" and (PROJECT / Path(script).relative_to("/workspace")).is_file()
+    assert {override.split("=")[1] for override in overrides} <= set(mounts)
+    with hydra.initialize_config_dir(str(PROJECT / "conf"), version_base="1.3"):
+        assert hydra.compose("predict", overrides).checkpoints == "/data/models"
 
 
 @pytest.mark.parametrize("experiment", EXPERIMENTS)

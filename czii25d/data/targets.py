@@ -164,7 +164,7 @@ def create_heatmap_array(
         shape=(len(particles), *shape),
         chunks=(len(particles), *(min(chunk, side) for chunk, side in zip(CHUNK, shape, strict=True))),
         dtype=np.uint8,
-        compressors=Blosc("zstd", clevel=3, shuffle=Blosc.NOSHUFFLE),
+        compressors=Blosc("lz4", clevel=5, shuffle=Blosc.NOSHUFFLE),
         fill_value=0,
         config={"write_empty_chunks": True},  # Zarr's own test for emptiness takes longer than all the rest
         chunk_key_encoding={"name": "v2", "separator": "/"},

@@ -75,7 +75,7 @@ class _Checked:
     def __call__(self, cfg: DictConfig) -> Any:
         set_up_logging()  # once more: a launcher may have started a fresh process
         with one_line_errors(self.config_name):  # here, before Hydra adds lines of its own
-            check_value_types(cfg, load_defaults(self.config_name))
+            check_value_types(cfg, load_config(self.config_name))
             return self.function(cfg)
 
 
@@ -117,12 +117,12 @@ def keep_freed_memory() -> None:
         libc.mallopt(m_trim_threshold, 2**31 - 1)
 
 
-def load_defaults(config_name: str) -> DictConfig:
-    """Return the configuration as it is without any override."""
+def load_config(config_name: str, overrides: Sequence[str] = ()) -> DictConfig:
+    """Return the configuration ``conf/<config_name>.yaml`` with overrides, for notebooks and other programs."""
     if GlobalHydra.instance().is_initialized():  # inside a running job
-        return hydra.compose(config_name)
+        return hydra.compose(config_name, list(overrides))
     with hydra.initialize_config_dir(str(conf_dir().resolve()), version_base="1.3"):
-        return hydra.compose(config_name)
+        return hydra.compose(config_name, list(overrides))
 
 
 def leaves(node: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -155,7 +155,7 @@ def explain(error: Exception, config_name: str) -> str:
     text = " ".join(f"{error} {error.__cause__ or ''}".split("Config search path")[0].split())
     if match := re.search(r"Could not override '([^']+)'", text) or re.search(r"full_key: (\S+)", text):
         key = match[1]
-        known = [name for name, _ in leaves(OmegaConf.to_container(load_defaults(config_name), resolve=False))]
+        known = [name for name, _ in leaves(OmegaConf.to_container(load_config(config_name), resolve=False))]
         hint = did_you_mean(key, known)
         return f"key {key}: expected a key of conf/{config_name}.yaml, found none of that name{hint}; see --help"
     return f"{text}; see --help"
@@ -180,7 +180,7 @@ def read_comments(path: Path) -> dict[str, str]:
 
 def print_help(description: str, config_name: str) -> None:
     """Print what a script does and every key it takes: default and explanation."""
-    defaults = load_defaults(config_name)
+    defaults = load_config(config_name)
     comments = read_comments(conf_dir() / f"{config_name}.yaml")
     for group in map(str, defaults.keys()):
         for path in sorted((conf_dir() / group).glob("*.yaml"), key=lambda p: p.stem != "default"):

@@ -34,20 +34,11 @@ def create_dataset(cfg: DictConfig) -> list[Volume]:
     keep_freed_memory()  # the next tomogram fits where this one was
     if cfg.mode not in (None, *SPLITS):
         raise InputError("key mode", "train, test or null for both", repr(cfg.mode), "choose one")
-    input_dir = Path(cfg.paths.input)
+    splits = [cfg.mode] if cfg.mode else ["train"]
     # The hidden test set is often not there: without a choice, take what is.
-    spacing: Any = (
-        OmegaConf.to_object(cfg.voxel_spacing) if OmegaConf.is_config(cfg.voxel_spacing) else cfg.voxel_spacing
-    )
-    splits = [cfg.mode] if cfg.mode else ["train", *(["test"] if (input_dir / "test").is_dir() else [])]
-    if cfg.tomograms is not None:
-        runs = find_tomograms(cfg.tomograms, cfg.mode or "train", spacing)
-    else:
-        runs = [
-            replace(run, voxel_spacing=None if spacing is None else as_voxel_spacing(spacing))
-            for split in splits
-            for run in find_runs(input_dir, split, cfg.reconstruction, cfg.voxel_spacing_folder)
-        ]
+    if not cfg.mode and cfg.tomograms is None and (Path(cfg.paths.input) / "test").is_dir():
+        splits.append("test")
+    runs = [run for split in splits for run in find_input(cfg, split)]
     console = Console(stderr=True)
     rows, volumes = [], []
     for run in track(runs, "volumes", console=console, transient=True, disable=not console.is_terminal):
@@ -68,6 +59,19 @@ def create_dataset(cfg: DictConfig) -> list[Volume]:
             *(run.split, width, run.name, shape, spacing, volume.mean, volume.std, took),
         )
     return volumes
+
+
+def find_input(cfg: DictConfig, split: str) -> list[Run]:
+    """Return the runs that ``tomograms``, or else ``paths.input``, holds, with the voxel spacing of the key."""
+    spacing: Any = cfg.voxel_spacing
+    if spacing is not None:
+        spacing = as_voxel_spacing(
+            OmegaConf.to_object(spacing) if OmegaConf.is_config(spacing) else spacing, "key voxel_spacing"
+        )
+    if cfg.tomograms is not None:
+        return find_tomograms(cfg.tomograms, split, spacing)
+    runs = find_runs(cfg.paths.input, split, cfg.reconstruction, cfg.voxel_spacing_folder)
+    return [replace(run, voxel_spacing=spacing) for run in runs]
 
 
 def create_volume(run: Run, folder: Path, level: int, fill_missing_chunks: bool) -> tuple[Volume, bool]:

@@ -31,7 +31,7 @@ from rich.table import Table
 from torch import Tensor
 
 from czii25d.data.heatmaps import HeatmapWriter
-from czii25d.data.runs import Run, find_runs
+from czii25d.data.runs import Run
 from czii25d.data.tomogram import describe_source, open_tomogram
 from czii25d.data.volumes import Volume, open_volume, read_meta
 from czii25d.errors import InputError, did_you_mean
@@ -43,7 +43,7 @@ from czii25d.models.checkpoint import ModelCard
 from czii25d.particles import ParticleSet
 from czii25d.picks import concat_picks, read_picks_csv, write_scored_picks_csv, write_submission_csv
 from czii25d.pipeline.app import keep_freed_memory, set_up_logging
-from czii25d.pipeline.dataset import create_volume
+from czii25d.pipeline.dataset import create_volume, find_input
 from czii25d.pipeline.members import (
     Group,
     NetworkFile,
@@ -121,24 +121,22 @@ class Source:
         if self.folder is not None:
             return read_meta(self.folder)["source"]
         assert self.run is not None
-        return describe_source(open_tomogram(self.run.tomogram))
+        return describe_source(open_tomogram(self.run.tomogram, self.run.voxel_spacing))
 
 
 def find_sources(cfg: DictConfig) -> list[Source]:
-    """Return the runs to pick, by name: 01's volumes, or the tomograms of the input where there are none."""
+    """Return the runs to pick, by name: 01's volumes, or tomograms if there are none or ``tomograms`` names them."""
     if cfg.source not in SOURCES:
         raise InputError("key source", ", ".join(SOURCES), repr(cfg.source), "choose one")
     split = Path(cfg.paths.output) / "volumes" / cfg.split
     volumes = {path.name: Source(path.name, folder=path) for path in sorted(split.glob("[!.]*")) if path.is_dir()}
     found: dict[str, Source] = volumes
-    if cfg.source == "tomograms" or (cfg.source == "auto" and not volumes):
+    named = cfg.source == "tomograms" or cfg.tomograms is not None
+    if named or (cfg.source == "auto" and not volumes):
         try:
-            found = {
-                run.name: Source(run.name, run=run)
-                for run in find_runs(cfg.paths.input, cfg.split, cfg.reconstruction, cfg.voxel_spacing_folder)
-            }
+            found = {run.name: Source(run.name, run=run) for run in find_input(cfg, cfg.split)}
         except InputError as error:
-            if cfg.source == "tomograms":
+            if named:
                 raise
             raise InputError(
                 split,
