@@ -63,11 +63,9 @@ def create_dataset(cfg: DictConfig) -> list[Volume]:
 
 def find_input(cfg: DictConfig, split: str) -> list[Run]:
     """Return the runs that ``tomograms``, or else ``paths.input``, holds, with the voxel spacing of the key."""
-    spacing: Any = cfg.voxel_spacing
-    if spacing is not None:
-        spacing = as_voxel_spacing(
-            OmegaConf.to_object(spacing) if OmegaConf.is_config(spacing) else spacing, "key voxel_spacing"
-        )
+    keys: Any = OmegaConf.to_container(cfg)
+    given = keys["voxel_spacing"]
+    spacing = None if given is None else as_voxel_spacing(given, "key voxel_spacing")
     if cfg.tomograms is not None:
         return find_tomograms(cfg.tomograms, split, spacing)
     runs = find_runs(cfg.paths.input, split, cfg.reconstruction, cfg.voxel_spacing_folder)
