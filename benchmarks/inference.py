@@ -40,19 +40,12 @@ from czii25d.runtimes.torch import TorchNetwork
 
 TILE: Shape3D = (16, 128, 128)
 PUBLISHED_TILES = 1782
-TILES: tuple[Shape3D, ...] = (
-    (16, 64, 64),
-    (16, 128, 128),
-    (16, 192, 192),
-    (16, 320, 320),
-    (16, 640, 640),
-    (32, 128, 128),
-)
 OVERLAPS = (0.0, 0.125, 0.25, 0.5)
 
 
 def runtimes(network: nn.Module, tile: Shape3D, folder: Path) -> Iterator[tuple[str, Callable[[], Predictor]]]:
     """Yield each runtime of this machine by name, and what starts it."""
+    folder.mkdir(parents=True, exist_ok=True)
     graph = folder / f"{'x'.join(map(str, tile))}.onnx"
     if not graph.is_file():
         export_onnx(network, graph, tile)
@@ -100,7 +93,7 @@ def tomogram_table(volume: Volume, network: nn.Module, particles: ParticleSet, f
         f"| published: {PUBLISHED_TILES} tiles, torch fp32, host arrays, scipy peaks{said} | {seconds:.0f} | 1 |",
         flush=True,
     )
-    for tile, overlap in ((TILE, 0.5), (TILE, 0.25), ((16, 320, 320), 0.25)):
+    for tile, overlap in ((TILE, 0.0), (TILE, 0.125), (TILE, 0.25), ((16, 320, 320), 0.25)):
         *_, (name, start) = runtimes(network, tile, folder)
         predictor = start()
         begin = time.perf_counter()
@@ -150,11 +143,13 @@ def score_table(volume: Volume, checkpoint: Path, solution: Path, folder: Path) 
     print(
         "| tile | overlap | runtime | s | F4, the checkpoint's thresholds | F4, the best |\n|---|---|---|---|---|---|"
     )
-    settings = [(tile, 0.25, "openvino bf16") for tile in TILES]
-    settings += [(TILE, overlap, "openvino bf16") for overlap in OVERLAPS if overlap != 0.25]
-    settings += [(TILE, 0.25, name) for name in ("torch fp32", "onnxruntime fp32", "openvino fp32")]
-    if torch.cuda.is_available():
-        settings = [(tile, overlap, "torch bf16") for tile in TILES for overlap in OVERLAPS]
+    depth, size = card.model["img_depth"], card.model["img_size"]
+    own = (depth, size, size)
+    fastest = "torch bf16" if torch.cuda.is_available() else "openvino bf16"
+    settings = [(own, overlap, fastest) for overlap in OVERLAPS]
+    settings += [(tile, 0.25, fastest) for tile in ((depth, 2 * size, 2 * size), (2 * depth, size, size))]
+    others = [name for name, _ in runtimes(network, own, folder) if name != fastest]
+    settings += [(own, 0.25, name) for name in others]
     for tile, overlap, wanted in settings:
         predictor = dict(runtimes(network, tile, folder))[wanted]()
         predictor(torch.zeros(1, 1, *tile, device=predictor.device))

@@ -62,6 +62,12 @@ def test_text_for_a_number_is_refused(tmp_path: Path) -> None:
     assert "error: key opt.lr: expected a number" in result.stderr
 
 
+def test_a_value_where_there_are_keys_within_is_refused(tmp_path: Path) -> None:
+    result = run_script("00_make_phantom.py", "counts=1", cwd=tmp_path, check=False)
+    assert result.returncode == 2 and result.stderr.count("\n") == 1
+    assert "error: key counts: expected keys within it, as counts.apo-ferritin=" in result.stderr
+
+
 def test_malformed_override_is_one_line(tmp_path: Path) -> None:
     result = run_script("11_train.py", "data.fold_id=[1,", cwd=tmp_path, check=False)
     assert result.returncode == 2

@@ -17,9 +17,12 @@ NOTEBOOK = PROJECT / "notebooks/submission.ipynb"
 
 
 def test_the_notebook_ends_with_a_submission(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    small = ["shape=[24,96,96]", "paths.input=input", "counts=1", "look_alikes=1"]
-    run_script("00_make_phantom.py", *small, cwd=tmp_path)
     particles = load_particles()
+    few = [f"counts.{name}=1" for name in particles.names]
+    few += [f"look_alikes.{name}=1" for name in ("globule", "bead", "filament")]
+    run_script(
+        "00_make_phantom.py", "shape=[48,96,96]", "train_runs=[TS_1]", "test_runs=[TS_8,TS_9]", *few, cwd=tmp_path
+    )
     model = {**MODEL, "class_num": len(particles)}
     for seed in (1, 2):
         card = {"model": model, "thresholds": dict.fromkeys(particles.names, 0.1)}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 from pathlib import Path
 
 import hydra
@@ -13,6 +14,7 @@ from conftest import PROJECT
 
 import czii25d
 from czii25d.particles import conf_dir
+from czii25d.pipeline.app import load_config, translate_flags
 from czii25d.pipeline.train import create_schedule, optimizer_factory
 
 EXPERIMENTS = sorted(path.stem for path in (conf_dir() / "experiment").glob("*.yaml"))
@@ -69,8 +71,30 @@ def test_readme_names_only_keys_and_files_that_exist() -> None:
         assert (PROJECT / name).is_file(), name
     for path in re.findall(r"\]\((?!http)([^)#]+)\)", text):
         assert (PROJECT / path).exists(), path
-    keys = set(re.findall(r"\b(?:data|model|opt|loss|scheduler|trainer|wandb|infer|heatmap)\.\w+(?==)", text))
-    assert len(keys) > 15
-    groups = {key.split(".")[0] for key in keys}
-    known = {f"{g}.{k}" for g in groups for k in yaml.safe_load((conf_dir() / g / "default.yaml").read_text())}
-    assert keys <= known, keys - known
+
+
+def documented_commands() -> list[str]:
+    """Return every command of ours in the README and the documentation."""
+    found = []
+    for page in (PROJECT / "README.md", *sorted((PROJECT / "docs").glob("*.md"))):
+        for block in re.findall(r"^```sh\n(.*?)^```", page.read_text(), re.M | re.S):
+            found += re.findall(r"python (?:\w+\.py|-m czii25d\.pipeline\.\w+)[^\n&]*", block)
+    return sorted(set(found))
+
+
+@pytest.mark.parametrize("command", documented_commands())
+def test_documented_commands_have_keys_that_exist(command: str) -> None:
+    words = translate_flags(shlex.split(command, comments=True)[1:])
+    script = PROJECT / (f"{words[1].replace('.', '/')}.py" if words[0] == "-m" else words[0])
+    [name] = re.findall(r'^    run\(\w+, "(\w+)"\)$', script.read_text(), re.M)
+    overrides = words[2:] if words[0] == "-m" else words[1:]
+    if sweep := "-m" in overrides:
+        overrides.remove("-m")
+    overrides = [override for override in overrides if not override.startswith("hydra/")]
+    if sweep:  # the first value of each
+        overrides = [re.sub(r"=([^\[\]{},]+),.*", r"=\1", override) for override in overrides]
+    assert load_config(name, overrides)
+
+
+def test_there_are_documented_commands() -> None:
+    assert len(documented_commands()) > 15

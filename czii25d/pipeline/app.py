@@ -135,10 +135,16 @@ def leaves(node: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def check_value_types(cfg: DictConfig, defaults: DictConfig) -> None:
-    """Refuse text where the default is a number: ``opt.lr=fast`` is a slip, not a learning rate."""
+    """Refuse text where the default is a number, and a value where there are keys within.
+
+    ``opt.lr=fast`` is a slip, not a learning rate.
+    """
     known = dict(leaves(OmegaConf.to_container(defaults, resolve=False)))
     for key, value in leaves(OmegaConf.to_container(cfg, resolve=False)):
         default = known.get(key)
+        within = [name for name in known if name.startswith(f"{key}.")]
+        if within and value is not None and not isinstance(value, dict):
+            raise InputError(f"key {key}", f"keys within it, as {within[0]}=...", repr(value), "set those")
         is_number = isinstance(default, int | float) and not isinstance(default, bool)
         if is_number and isinstance(value, str) and "${" not in value and key not in NUMBER_OR_NAME:
             raise InputError(f"key {key}", f"a number such as {default}", repr(value), "correct the override")

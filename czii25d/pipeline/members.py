@@ -16,7 +16,7 @@ from torch import nn
 from czii25d.errors import InputError
 from czii25d.export.manifest import Manifest, content_hash, read_manifest, write_manifest
 from czii25d.export.onnx import export_onnx
-from czii25d.geometry import Shape3D
+from czii25d.geometry import Shape3D, Spacing3D
 from czii25d.inference import Ensemble, InferenceOptions, Member, Predictor
 from czii25d.metrics import DEFAULT_THRESHOLD
 from czii25d.models.checkpoint import ModelCard, load_checkpoint
@@ -29,6 +29,7 @@ logger = logging.getLogger(__name__)
 RUNTIMES = ("torch", "onnxruntime", "openvino", "tensorrt")
 AUTOCAST = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 CHECKPOINT_SUFFIXES = (".ckpt", ".safetensors", ".pt", ".pth")
+SPACING_TOLERANCE = 0.05
 GRAPH_SUFFIX, ENGINE_SUFFIX = ".onnx", ".engine"
 SUFFIXES = (*CHECKPOINT_SUFFIXES, GRAPH_SUFFIX, ENGINE_SUFFIX)
 INSTALL_EXPORT = "pip install 'czii25d[export]', or set infer.runtime=torch"
@@ -138,7 +139,25 @@ def agree(files: Sequence[NetworkFile]) -> tuple[ModelCard, list[list[int]]]:
                 raise InputError(
                     file.path, f"the {what} of {files[0].path.name}, {common}", str(own), "predict them separately"
                 )
+        own_spacing, first_spacing = file.card.voxel_spacing, first.voxel_spacing
+        if own_spacing and first_spacing and not spacings_agree(own_spacing, first_spacing):
+            raise InputError(
+                file.path,
+                f"the voxel spacing of {files[0].path.name}, {spacing_text(first_spacing)}",
+                spacing_text(own_spacing),
+                "predict them separately",
+            )
     return first, [[list(file.card.particles).index(name) for name in names] for file in files]
+
+
+def spacings_agree(one: Spacing3D, other: Spacing3D) -> bool:
+    """Tell whether two voxel spacings differ by no more than ``SPACING_TOLERANCE`` along any axis."""
+    return all(max(a / b, b / a) <= 1 + SPACING_TOLERANCE for a, b in zip(one, other, strict=True))
+
+
+def spacing_text(voxel_spacing: Spacing3D) -> str:
+    """Write a voxel spacing for people."""
+    return f"{' x '.join(f'{side:.4g}' for side in voxel_spacing)} angstrom (z, y, x)"
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ import shutil
 import sys
 import time
 import traceback
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
@@ -57,12 +57,13 @@ from czii25d.pipeline.members import (
     member_weights,
     open_network_file,
     prepare_graph,
+    spacing_text,
+    spacings_agree,
     tile_of,
 )
 
 logger = logging.getLogger(__name__)
 
-SPACING_TOLERANCE = 0.05
 SOURCES = ("auto", "volumes", "tomograms")
 STAGES = ("read", "predict", "peaks", "write")
 
@@ -83,15 +84,21 @@ def predict(cfg: DictConfig) -> pd.DataFrame:
     plan = Plan(cfg)
     sources = find_sources(cfg)
     mine = shard(sources, cfg.infer.shard)
-    outcomes = run_plan(plan, [source for source in mine if not plan.part(source).is_file()])
-    table = as_rich_table(mine, outcomes, plan)
-    missing = [source.name for source in sources if not plan.part(source).is_file()]
-    failed = {outcome.run: outcome.error for outcome in outcomes if outcome.error}
-    others = [name for name in missing if name not in failed]
+    parts, failed = {}, {}
+    for source in sources:
+        outcome = Outcome(source.name)
+        with _caught(outcome):
+            parts[source.name] = plan.part(source)
+        if outcome.error is not None and source in mine:
+            failed[source.name] = outcome.error
+    outcomes = run_plan(plan, [each for each in mine if each.name in parts and not parts[each.name].is_file()])
+    failed |= {outcome.run: outcome.error for outcome in outcomes if outcome.error}
+    done = {name: part for name, part in parts.items() if part.is_file()}
+    others = [source.name for source in sources if source.name not in done | failed]
     kept = pd.DataFrame()
-    if not others and len(failed) < len(sources):  # of several shards, the last one collects what all have found
-        kept = collect(plan, [source for source in sources if source.name not in failed])
-    Console(stderr=True).print(table)
+    if done and not others:  # of several shards, the last one collects what all have found
+        kept = collect(plan, list(done.values()))
+    Console(stderr=True).print(as_rich_table(mine, outcomes, done, plan.thresholds))
     if others:
         logger.info(
             "%d of %d runs are left to other shards; the last one writes submission.csv", len(others), len(sources)
@@ -101,7 +108,7 @@ def predict(cfg: DictConfig) -> pd.DataFrame:
         raise InputError(
             f"{len(failed)} of {len(mine)} runs",
             "tomograms that can be picked",
-            "; ".join(str(reason) for reason in failed.values()) if len(failed) < 4 else f"{first}: {why}; and others",
+            "; ".join(failed.values()) if len(failed) < 4 else f"{first}: {why}; and others",
             "mend them and start the same command again: the other runs are done",
         )
     return kept
@@ -410,9 +417,9 @@ def heatmaps_kept(plan: Plan, source: Source, volume: Volume, slabs: Iterator[Te
         yield writer.keep(slabs)
 
 
-def collect(plan: Plan, sources: Sequence[Source]) -> pd.DataFrame:
+def collect(plan: Plan, parts: Sequence[Path]) -> pd.DataFrame:
     """Write what was found in all runs as one, and return the picks above their thresholds."""
-    frames = [read_picks_csv(plan.part(source), scored=True) for source in sources]
+    frames = [read_picks_csv(part, scored=True) for part in parts]
     scored = concat_picks(frames, scored=True)
     kept = scored[scored["score"].to_numpy() >= scored["particle"].map(plan.thresholds).to_numpy(float)]
     with _one_at_a_time(plan.results):
@@ -458,19 +465,13 @@ def _clocked(outcome: Outcome, stage: str) -> Iterator[None]:
 def check_spacing(run: str, own: Spacing3D, cards: Sequence[ModelCard]) -> None:
     """Raise `InputError` if a network was trained on voxels of another size than this run's."""
     for card in cards:
-        ratios = [a / b for a, b in zip(own, card.voxel_spacing or own, strict=True)]
-        if max(*ratios, *(1 / ratio for ratio in ratios)) > 1 + SPACING_TOLERANCE:
+        if card.voxel_spacing and not spacings_agree(own, card.voxel_spacing):
             raise InputError(
                 f"run {run}",
-                f"the voxel spacing the network was trained on, {as_text(card.voxel_spacing or own)}",
-                as_text(own),
+                f"the voxel spacing the network was trained on, {spacing_text(card.voxel_spacing)}",
+                spacing_text(own),
                 "rescale the tomogram, or train on this spacing",
             )
-
-
-def as_text(voxel_spacing: Spacing3D) -> str:
-    """Write a voxel spacing for people."""
-    return f"{' x '.join(f'{side:.4g}' for side in voxel_spacing)} angstrom (z, y, x)"
 
 
 def peak_memory_gb() -> float:
@@ -528,7 +529,12 @@ class Bar:
             )
 
 
-def as_rich_table(sources: Sequence[Source], outcomes: Sequence[Outcome], plan: Plan) -> Table:
+def as_rich_table(
+    sources: Sequence[Source],
+    outcomes: Sequence[Outcome],
+    parts: Mapping[str, Path],
+    thresholds: Mapping[str, float],
+) -> Table:
     """Lay out what each run took."""
     table = Table(box=None, header_style="bold", pad_edge=False)
     table.add_column("run")
@@ -537,17 +543,17 @@ def as_rich_table(sources: Sequence[Source], outcomes: Sequence[Outcome], plan: 
     by_run = {outcome.run: outcome for outcome in outcomes}
     for source in sources:
         outcome = by_run.get(source.name)
-        if outcome is None:
+        if outcome is None and source.name in parts:
             cells = ["done before", *[""] * (len(STAGES) + 1)]
-        elif outcome.error:
+        elif outcome is None or outcome.error:
             cells = ["failed", *[""] * (len(STAGES) + 1)]
         else:
             speed = outcome.tiles / max(outcome.seconds["predict"], 1e-9)
             cells = [f"{outcome.seconds[stage]:.1f}" for stage in STAGES] + [f"{speed:.1f}", f"{outcome.memory_gb:.1f}"]
         count = ""
-        if plan.part(source).is_file():
-            picks = read_picks_csv(plan.part(source), scored=True)
-            thresholds = picks["particle"].map(plan.thresholds).to_numpy(float)
-            count = str(int((picks["score"].to_numpy() >= thresholds).sum()))
+        if source.name in parts:
+            picks = read_picks_csv(parts[source.name], scored=True)
+            least = picks["particle"].map(thresholds).to_numpy(float)
+            count = str(int((picks["score"].to_numpy() >= least).sum()))
         table.add_row(source.name, *cells, count)
     return table
