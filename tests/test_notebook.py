@@ -7,10 +7,13 @@ from pathlib import Path
 import nbformat
 import pandas as pd
 import pytest
+import torch
 from conftest import PROJECT, SPACING, run_script
 from nbclient import NotebookClient
-from test_predict_score import MODEL, save
+from test_predict_score import MODEL
 
+from czii25d.models import create_model
+from czii25d.models.checkpoint import ModelCard, save_weights
 from czii25d.particles import load_particles
 
 NOTEBOOK = PROJECT / "notebooks/submission.ipynb"
@@ -25,8 +28,9 @@ def test_the_notebook_ends_with_a_submission(tmp_path: Path, monkeypatch: pytest
     )
     model = {**MODEL, "class_num": len(particles)}
     for seed in (1, 2):
-        card = {"model": model, "thresholds": dict.fromkeys(particles.names, 0.1)}
-        save(tmp_path / f"networks/{seed}.safetensors", seed, particles, voxel_spacing=SPACING, **card)
+        torch.manual_seed(seed)
+        card = ModelCard(model, particles.to_config(), SPACING, thresholds=dict.fromkeys(particles.names, 0.1))
+        save_weights(tmp_path / f"networks/{seed}.safetensors", create_model(**model, pretrained=False), card)
     for name in ("input", "networks", "output"):
         monkeypatch.setenv(f"CZII25D_{name.upper()}", str(tmp_path / name))
     monkeypatch.setenv("CZII25D_BUDGET_HOURS", "1")

@@ -129,7 +129,7 @@ def test_viewers_find_axes_scale_names_and_colours(path: Path) -> None:
     assert (layout["zarr_format"], layout["dimension_separator"], layout["compressor"]["cname"]) == (
         2,
         "/",
-        "zstd",
+        "lz4",
     )
 
 
