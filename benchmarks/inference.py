@@ -9,6 +9,7 @@ first two tables need a network of the published size only; its weights are rand
 from __future__ import annotations
 
 import argparse
+import copy
 import datetime
 import logging
 import os
@@ -17,6 +18,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -75,18 +77,23 @@ def seconds_per_tile(predictor: Predictor, tile: Shape3D, batch: int, repeats: i
 
 
 def tile_table(network: nn.Module, folder: Path, repeats: int) -> None:
-    """Per tile of the published network."""
-    print("| runtime | s per tile | against torch fp32 |\n|---|---|---|")
-    first = 0.0
+    """Per tile of the published network; in its first row, channels come first in memory as they did there."""
+    print("| runtime | s per tile | against the published layout |\n|---|---|---|")
+    published_layout = copy.deepcopy(network)
+    published_layout.stem.channels_last = False
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    first = seconds_per_tile(TorchNetwork(published_layout, device), TILE, 4, repeats)
+    print(f"| torch fp32, channels first as published | {first:.3f} | 1 |", flush=True)
     for name, start in runtimes(network, TILE, folder):
         seconds = seconds_per_tile(start(), TILE, 4, repeats)
-        first = first or seconds
         print(f"| {name} | {seconds:.3f} | {first / seconds:.2f} |", flush=True)
 
 
 def tomogram_table(volume: Volume, network: nn.Module, particles: ParticleSet, folder: Path, share: float) -> None:
     """One tomogram and the published network: its own procedure, and ours at the defaults."""
-    seconds = published_seconds(volume, TorchNetwork(network), share)
+    published_layout = copy.deepcopy(network)
+    published_layout.stem.channels_last = False
+    seconds = published_seconds(volume, TorchNetwork(published_layout), share)
     print("| one tomogram, the published network | s | against published |\n|---|---|---|")
     said = "" if share == 1 else f" ({share:.0%} of its tiles timed, scaled; peaks in full)"
     print(
@@ -97,7 +104,8 @@ def tomogram_table(volume: Volume, network: nn.Module, particles: ParticleSet, f
         *_, (name, start) = runtimes(network, tile, folder)
         predictor = start()
         begin = time.perf_counter()
-        pick_volume(volume, predictor, particles, options(tile, overlap, None), volume.voxel_spacing)
+        with threads_for(name):
+            pick_volume(volume, predictor, particles, options(tile, overlap, None), volume.voxel_spacing)
         own = time.perf_counter() - begin
         print(f"| {name}, tile {as_text(tile)}, overlap {overlap:g} | {own:.0f} | {seconds / own:.1f} |", flush=True)
 
@@ -154,14 +162,10 @@ def score_table(volume: Volume, checkpoint: Path, solution: Path, folder: Path) 
         predictor = dict(runtimes(network, tile, folder))[wanted]()
         predictor(torch.zeros(1, 1, *tile, device=predictor.device))
         begin = time.perf_counter()
-        picks = pick_volume(
-            volume,
-            predictor,
-            particles,
-            options(tile, overlap, card.nms_radius),
-            volume.voxel_spacing,
-            card.offset_voxel,
-        ).assign(run=volume.name)
+        how = options(tile, overlap, card.nms_radius)
+        with threads_for(wanted):
+            picks = pick_volume(volume, predictor, particles, how, volume.voxel_spacing, card.offset_voxel)
+        picks = picks.assign(run=volume.name)
         seconds = time.perf_counter() - begin
         thresholds = card.thresholds or {}
         kept = picks[picks["score"] >= picks["particle"].map(thresholds).astype(float)]
@@ -169,6 +173,15 @@ def score_table(volume: Volume, checkpoint: Path, solution: Path, folder: Path) 
         fitted = fit_thresholds(truth, picks, particles).fbeta
         best = sum(fitted[each.name] * each.weight for each in particles) / sum(each.weight for each in particles)
         print(f"| {as_text(tile)} | {overlap:g} | {wanted} | {seconds:.1f} | {fixed:.4f} | {best:.4f} |", flush=True)
+
+
+@contextmanager
+def threads_for(runtime: str) -> Iterator[None]:
+    """Give torch one thread where another runtime predicts, as 21 does."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(threads if runtime.startswith("torch") else 1)
+    yield
+    torch.set_num_threads(threads)
 
 
 def options(tile: Shape3D, overlap: float, nms_radius: object) -> InferenceOptions:

@@ -61,6 +61,7 @@ from czii25d.pipeline.members import (
     spacings_agree,
     tile_of,
 )
+from czii25d.runtimes.torch import TorchNetwork
 
 logger = logging.getLogger(__name__)
 
@@ -222,7 +223,10 @@ class Plan:
     @cached_property
     def groups(self) -> list[Group]:
         """The networks, on their runtimes."""
-        return create_groups(self.infer, self.files, self.channels, self.options, self.cache)
+        groups = create_groups(self.infer, self.files, self.channels, self.options, self.cache)
+        if not any(isinstance(member.predictor, TorchNetwork) for each in groups for member in each.predictor.members):
+            torch.set_num_threads(1)  # torch's threads wait by spinning, in the way of the threads that predict
+        return groups
 
     def part(self, source: Source) -> Path:
         """Return the file for the picks of a run."""
