@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json
 import shutil
+from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -20,8 +23,9 @@ from czii25d.data.volumes import write_volume
 from czii25d.errors import InputError
 from czii25d.export.manifest import read_manifest
 from czii25d.export.onnx import FusedEnsemble, check_graph, export_onnx, in_precision
+from czii25d.export.tensorrt import EngineOptions
 from czii25d.models import create_model
-from czii25d.models.checkpoint import load_checkpoint
+from czii25d.models.checkpoint import load_checkpoint, save_weights
 from czii25d.particles import ParticleSet
 from czii25d.picks import read_picks_csv
 from czii25d.pipeline.export import export
@@ -77,8 +81,9 @@ def work(project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path
 
 
 def pick(*overrides: str) -> pd.DataFrame:
-    predict(compose("predict", FLOOR, LOW, *overrides))
-    return read_picks_csv("output/predictions/scored_picks.csv", scored=True)
+    config = compose("predict", FLOOR, LOW, *overrides)
+    predict(config)
+    return read_picks_csv(Path(config.predictions) / "scored_picks.csv", scored=True)
 
 
 def assert_same_picks(found: pd.DataFrame, expected: pd.DataFrame) -> None:
@@ -279,10 +284,6 @@ def test_members_of_different_tiles_are_averaged(work: Path) -> None:
     wide = create_model(**{**MODEL, "img_size": 64}, pretrained=False)
     net, card = load_checkpoint("folds/b.safetensors")
     wide.load_state_dict(net.state_dict())
-    from dataclasses import replace
-
-    from czii25d.models.checkpoint import save_weights
-
     save_weights("folds/b.safetensors", wide, replace(card, model={**card.model, "img_size": 64}))
     mixed = pick("checkpoints=folds", "infer.runtime=torch")
     assert len(mixed) != 0 and not mixed.equals(expected)
@@ -329,3 +330,78 @@ def test_an_engine_without_a_gpu_is_refused_before_it_is_touched(work: Path) -> 
         shutil.copy(f"output/engines/a.fp32.onnx{suffix}", f"output/engines/a.fp32.engine{suffix}")
     with pytest.raises(InputError, match="NVIDIA GPU"):
         pick("checkpoints=output/engines/a.fp32.engine")
+
+
+# ---- engines, with stand-ins for TensorRT and the GPU ----------------------------------------------------------------
+
+
+class StandInEngine(TorchNetwork):
+    """Runs the network that was exported last, as an engine of it would; ``error`` is added to its heatmaps."""
+
+    network: nn.Module
+    error = 0.0
+
+    def __init__(self, engine: Path, device: str, version_compatible: bool) -> None:
+        assert engine.read_bytes() == b"an engine"
+        super().__init__(StandInEngine.network)
+
+    def __call__(self, tiles: torch.Tensor) -> torch.Tensor:
+        return super().__call__(tiles) + StandInEngine.error
+
+
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch, work: Path) -> list[Any]:
+    """A machine that seems to have TensorRT 10.9 and an H200; returns the engines that are built."""
+    built: list[Any] = []
+
+    def build(graph: Path, shape: tuple[int, ...], options: EngineOptions, timing: Path) -> bytes:
+        built.append((graph.name, shape, options, timing.name))
+        return b"an engine"
+
+    trt = SimpleNamespace(__version__="10.9.0")
+    StandInEngine.network, StandInEngine.error = load_checkpoint("folds/a.safetensors")[0], 0.0
+    monkeypatch.setattr("czii25d.runtimes.tensorrt.require_tensorrt", lambda: trt)
+    monkeypatch.setattr("czii25d.runtimes.tensorrt.TensorRTNetwork", StandInEngine)
+    monkeypatch.setattr("czii25d.pipeline.export.build_engine", build)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H200")
+    monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
+    return built
+
+
+def test_an_engine_comes_with_all_that_it_depends_on(gpu: list[Any]) -> None:
+    keys = "checkpoints=folds/a.safetensors", "engines=new", "export.format=engine", "export.precision=fp32"
+    [path] = export(compose("export", *keys, "export.batch=[1,2,16]"))
+    assert path == Path("new/a.fp32.engine") and path.read_bytes() == b"an engine"
+    assert gpu == [("a.fp32.onnx", (1, *TILE), EngineOptions((1, 2, 16)), "timing-NVIDIA-H200-10.9.0.cache")]
+    manifest = read_manifest(path)
+    assert manifest.gpu == "NVIDIA H200" and manifest.versions["tensorrt"] == "10.9.0" and manifest.batch == (1, 2, 16)
+    assert {"tensorrt, random tiles", "tensorrt, real tiles", "openvino, real tiles"} <= set(manifest.largest_error)
+    export(compose("export", *keys, "export.batch=[1,2,16]"))
+    assert len(gpu) == 1  # up to date
+    export(compose("export", *keys, "export.batch=[1,2,8]"))
+    assert len(gpu) == 2  # other options
+
+
+def test_an_engine_that_does_not_agree_is_not_kept(gpu: list[Any]) -> None:
+    StandInEngine.error = 0.5
+    with pytest.raises(InputError, match=r"a\.fp32\.engine.*tensorrt on random tiles; nothing was kept"):
+        export(compose("export", "checkpoints=folds/a.safetensors", "engines=new", "export.precision=fp32"))
+    assert {path.name for path in Path("new").iterdir()} == {"a.fp32.onnx", "a.fp32.onnx.json"}
+
+
+def test_engines_give_the_picks_of_their_checkpoint_and_those_of_elsewhere_are_refused(
+    gpu: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    [path] = export(compose("export", "checkpoints=folds/a.safetensors", "engines=new", "export.precision=fp32"))
+    expected = pick("checkpoints=folds/a.safetensors", "infer.runtime=torch", "infer.precision=fp32")
+    for runtime in ("auto", "tensorrt"):
+        assert_same_picks(pick("checkpoints=new", f"infer.runtime={runtime}", "predictions=engines"), expected)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Tesla T4")
+    with pytest.raises(InputError, match=r"engine of Tesla T4, found one of NVIDIA H200; export it again here"):
+        pick("checkpoints=new", "predictions=other")
+    monkeypatch.setattr("czii25d.runtimes.tensorrt.require_tensorrt", lambda: SimpleNamespace(__version__="11.0.1"))
+    with pytest.raises(InputError, match=r"engine of TensorRT 11\.0\.1, found one of 10\.9\.0"):
+        pick("checkpoints=new", "predictions=other")
+    path.write_bytes(b"another engine")
+    with pytest.raises(InputError, match="that of another file"):
+        pick("checkpoints=new", "predictions=other")
