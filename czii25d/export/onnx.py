@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-import copy
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal, cast, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from czii25d.errors import InputError
 from czii25d.files import write_aside
 from czii25d.geometry import Shape3D
-from czii25d.models.decoder import ConvBnRelu
+from czii25d.models.folding import fold
 
 Precision = Literal["fp32", "fp16", "bf16"]
 DTYPES: dict[str, torch.dtype] = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -61,16 +59,12 @@ class FusedEnsemble(nn.Module):
 def in_precision(network: nn.Module, precision: Precision) -> nn.Module:
     """Return a copy of a network that computes in a precision; float32 tiles in, float32 heatmaps out.
 
-    Batch normalisation after a 3D convolution becomes part of it. The other normalisations stay in float32, between
-    casts: sums of squares overflow in float16. No autocast is used: what it does is lost in an exported graph.
+    The decoder is folded (`czii25d.models.folding`). Normalisations that remain stay in float32, between casts: sums of
+    squares overflow in float16. No autocast is used: what it does is lost in an exported graph.
     """
     if precision not in get_args(Precision):
         raise InputError("key export.precision", ", ".join(get_args(Precision)), repr(precision), "choose one")
-    network = copy.deepcopy(network).eval().cpu().float()
-    for module in network.modules():
-        if isinstance(module, ConvBnRelu):
-            conv, norm, relu = module.block
-            module.block = nn.Sequential(fuse_conv_bn_eval(cast(nn.Conv3d, conv), cast(nn.BatchNorm3d, norm)), relu)
+    network = fold(network, "transposed").cpu()
     dtype = DTYPES[precision]
     if dtype == torch.float32:
         return network

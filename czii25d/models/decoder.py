@@ -32,7 +32,7 @@ class DecoderBlock(nn.Module):
 
     def __init__(self, in_channels: int, skip_channels: int, out_channels: int, scale: Scale3D) -> None:
         super().__init__()
-        self.scale = tuple(map(float, scale))
+        self.in_channels, self.scale = in_channels, tuple(map(float, scale))
         self.conv1 = ConvBnRelu(in_channels + skip_channels, out_channels)
         self.conv2 = ConvBnRelu(out_channels, out_channels)
 

@@ -20,6 +20,7 @@ from czii25d.geometry import Shape3D, Spacing3D
 from czii25d.inference import Ensemble, InferenceOptions, Member, Predictor
 from czii25d.metrics import DEFAULT_THRESHOLD
 from czii25d.models.checkpoint import ModelCard, load_checkpoint
+from czii25d.models.folding import fold
 from czii25d.models.timm3d3 import check_tile_shape
 from czii25d.particles import ParticleSet
 from czii25d.runtimes.torch import TorchNetwork
@@ -287,7 +288,8 @@ def create_predictor(
         assert file.network is not None
         compiled = {False: None, None: None, True: "default"}.get(infer.compile, infer.compile)
         what = f"torch {precision}{' compiled' if compiled else ''}"
-        return TorchNetwork(file.network, device, AUTOCAST[precision], compiled), what
+        folded = fold(file.network, "phases") if device.type == "cpu" else file.network
+        return TorchNetwork(folded, device, AUTOCAST[precision], compiled), what
     if runtime == "tensorrt":
         return create_engine_predictor(file, device), f"TensorRT {file.manifest.precision if file.manifest else ''}"
     graph = file.path if file.network is None else cached_graph(file, tile, cache)
