@@ -26,7 +26,7 @@ from czii25d.models.checkpoint import ModelCard, read_card, store_thresholds
 from czii25d.particles import ParticleSet
 from czii25d.picks import concat_picks, read_picks_csv, write_scored_picks_csv
 from czii25d.pipeline.app import keep_freed_memory
-from czii25d.pipeline.members import CHECKPOINT_SUFFIXES, NetworkFile, agree, find_network_files
+from czii25d.pipeline.members import ENGINE_SUFFIX, GRAPH_SUFFIX, NetworkFile, agree, find_network_files
 from czii25d.pipeline.predict import Plan, Source, find_sources, pick_missing, refuse_failed
 from czii25d.plotting import plot_thresholds
 from czii25d.thresholds import CrossFit, bootstrap, cross_fit
@@ -38,8 +38,8 @@ def fit_out_of_fold(cfg: DictConfig) -> dict[str, Any]:
     """Fit thresholds to the picks of networks that have not seen the run, store them, and return the report.
 
     Leaves ``thresholds.json`` (the report), ``thresholds.png`` and ``picks.csv`` in ``<predictions>/``. Each
-    run's picks are kept there as 21 keeps them, so an interrupted call goes on, and one with other runs, or after the
-    thresholds have been stored, predicts nothing twice.
+    run's picks are kept there as 21 keeps them, so an interrupted call goes on, and the same one again, though the
+    thresholds have been stored, predicts nothing.
 
     Raises
     ------
@@ -64,13 +64,13 @@ def fit_out_of_fold(cfg: DictConfig) -> dict[str, Any]:
             f"none of {', '.join(missing)}",
             "prepare it with 01_create_dataset.py, or name others with runs=",
         )
-    bootstrap(np.ones((1, 1, 3), int), [1.0], cfg.beta, **_bootstrap_keys(cfg, samples=1))  # refuse before the work
+    bootstrap(np.ones((1, 1, 3), int), [1.0], **cfg.bootstrap)  # refuses its keys before the work
     plans = [
         Fold(Plan(fold_config(cfg, files, group)), [sources[run] for run in group]) for files, group in groups.items()
     ]
     picks = predict_folds(plans, len(runs))
     fitted = cross_fit(solution, picks, particles, cfg.distance_multiplier, cfg.beta)
-    intervals = bootstrap(fitted.counts, fitted.weights, cfg.beta, **_bootstrap_keys(cfg))
+    intervals = bootstrap(fitted.counts, fitted.weights, cfg.beta, **cfg.bootstrap)
     by_run = {run: [str(path) for path in files] for files, group in groups.items() for run in group}
     report = make_report(cfg, fitted, intervals, by_run)
     folder = Path(cfg.predictions)
@@ -89,7 +89,7 @@ def read_folds(paths: Sequence[Path]) -> dict[Path, ModelCard]:
     """Return the cards of checkpoints that have held out runs; any other file raises ``InputError``."""
     cards = {}
     for path in paths:
-        if path.suffix not in CHECKPOINT_SUFFIXES:
+        if path.suffix in (GRAPH_SUFFIX, ENGINE_SUFFIX):
             raise InputError(
                 path,
                 "a checkpoint, which can hold thresholds",
@@ -176,11 +176,6 @@ def fold_config(cfg: DictConfig, files: Sequence[Path], runs: Sequence[str]) -> 
 
 def _with_runs(cfg: DictConfig, runs: list[str] | None) -> DictConfig:
     return OmegaConf.merge(cfg, {"runs": runs})  # type: ignore[return-value]
-
-
-def _bootstrap_keys(cfg: DictConfig, **changed: Any) -> dict[str, Any]:
-    keys: Any = OmegaConf.to_container(cfg.bootstrap)
-    return {**keys, **{key: min(value, keys[key]) for key, value in changed.items()}}
 
 
 def predict_folds(folds: Sequence[Fold], run_num: int) -> pd.DataFrame:
