@@ -225,7 +225,7 @@ def ranked_fbeta(
         pooled = pool(by_run.values())
         values[name] = 0.0
         if pooled.references and len(pooled.scores):
-            ranks = np.minimum(np.ceil(RANKS * pooled.references).astype(int), len(pooled.scores))
+            ranks = np.minimum(np.ceil(RANKS * pooled.references - 1e-9).astype(int), len(pooled.scores))
             counts = np.array([pooled.count(pooled.scores[-rank]) for rank in ranks], float)
             values[name] = float(fbeta(counts[:, 2], counts[:, 1], counts[:, 0], beta).mean())
     weights = np.array([particle.weight for particle in particles])
