@@ -132,13 +132,14 @@ def plot_thresholds(fitted: CrossFit, path: Path | str) -> None:
     ):
         ax.set(xlim=(0, 1), ylim=(0, 1.02))
         ax.spines[["top", "right"]].set_visible(False)
+        ax.tick_params(labelsize=8)
         ax.set_title(f"{particle.name}: none to fit to" if np.isnan(chosen) else particle.name, fontsize=9)
         if not np.isnan(low):
             ax.axvspan(low, high, color="0.85", lw=0)
         if not np.isnan(chosen):
             ax.axvline(chosen, color="0.2", lw=1)
             ax.axhline(value, color="0.2", lw=0.8, ls=_DASHES)
-        # the score of the next lower threshold holds down to, and without, the threshold itself
+        # down to the next lower score, which is not included, a threshold keeps the same picks
         threshold, score = curve[::-1].T
         ax.plot(threshold, score, color=particle.color, lw=1.6, drawstyle="steps-pre", path_effects=_OUTLINE)
     figure.supxlabel("threshold", fontsize=9)
@@ -149,7 +150,7 @@ def plot_thresholds(fitted: CrossFit, path: Path | str) -> None:
         Line2D([], [], lw=6, label="with one run left out", color="0.85"),
         Line2D([], [], lw=0.8, ls=_DASHES, label=f"F{fitted.beta:g} out of fold", **style),
     ]
-    figure.legend(handles=handles, loc="outside lower center", ncols=3, fontsize=8, frameon=False)
+    figure.legend(handles=handles, loc="outside upper center", ncols=3, fontsize=8, frameon=False)
     with write_aside(path) as partial:
         figure.savefig(partial, dpi=200, format=Path(path).suffix[1:] or "png")
 
