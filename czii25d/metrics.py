@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -148,34 +148,95 @@ def fit_thresholds(
         As `score`; the picks with a column ``score``, none left out above the smallest threshold of interest.
     """
     particles = particles or load_particles()
+    thresholds, values, curves = {}, {}, {}
+    for name, by_run in match(solution, scored_picks, particles, distance_multiplier).items():
+        curves[name] = fbeta_curve(pool(by_run.values()), beta)
+        thresholds[name], values[name] = choose_threshold(curves[name]) or (DEFAULT_THRESHOLD, 0.0)
+    return Thresholds(thresholds, values, curves)
+
+
+@dataclass(frozen=True)
+class Matches:
+    """Picks and references of one particle in one run, brought together once to count hits at any threshold.
+
+    Parameters
+    ----------
+    references
+        Their number.
+    scores
+        ``(M,)`` of the picks, ascending.
+    best_hits
+        ``(H,)``, ascending: of each reference that any pick hits, the highest score of such a pick.
+    """
+
+    references: int
+    scores: NDArray[np.float64]
+    best_hits: NDArray[np.float64]
+
+    def count(self, threshold: float) -> tuple[int, int, int]:
+        """Return references, picks and hits, of picks that score at least ``threshold``."""
+        below = np.searchsorted(self.scores, threshold), np.searchsorted(self.best_hits, threshold)
+        return self.references, len(self.scores) - int(below[0]), len(self.best_hits) - int(below[1])
+
+
+def match(
+    solution: pd.DataFrame,
+    scored_picks: pd.DataFrame,
+    particles: ParticleSet | None = None,
+    distance_multiplier: float = DISTANCE_MULTIPLIER,
+) -> dict[str, dict[str, Matches]]:
+    """Bring picks and references together, by particle and by run of the solution; arguments as `fit_thresholds`."""
+    particles = particles or load_particles()
     truth = _normalise(solution, particles, "solution")
     picks = _normalise(scored_picks, particles, "picks", scored=True)
-    picks = picks[picks["run"].isin(truth["run"].unique())]
-    thresholds, values, curves = {}, {}, {}
-    for particle in particles:
-        pairs = list(_point_sets(truth, picks, particle.name))
-        references = sum(len(points) for points, _, _ in pairs)
-        scores = np.sort(np.concatenate([np.empty(0), *(s for _, _, s in pairs)]))
-        reach = particle.radius * distance_multiplier
-        best_hits = np.sort(np.concatenate([np.empty(0), *(_best_hit(*pair, reach) for pair in pairs)]))
-        tried = np.unique(scores)[::-1]
-        found = len(scores) - np.searchsorted(scores, tried)
-        hits = len(best_hits) - np.searchsorted(best_hits, tried)
-        curve = fbeta(hits.astype(float), found.astype(float), np.full(len(tried), float(references)), beta)
-        curves[particle.name] = np.stack([tried, curve], 1)
-        if not references or not len(tried) or curve.max() == 0:
-            thresholds[particle.name], values[particle.name] = DEFAULT_THRESHOLD, 0.0
-            continue
-        best = int(curve.argmax())
-        as_good = curve >= curve[best] - PLATEAU
-        worse = np.flatnonzero(~as_good)
-        first = int(worse[worse < best].max(initial=-1)) + 1
-        last = int(worse[worse > best].min(initial=len(curve))) - 1
-        below = tried[min(last + 1, len(tried) - 1)]  # down to the next score, nothing changes
-        middle = float(tried[first] + below) / 2
-        thresholds[particle.name] = middle
-        values[particle.name] = float(curve[np.flatnonzero(tried >= middle).max()])
-    return Thresholds(thresholds, values, curves)
+    runs = [str(run) for run in truth["run"].unique()]
+    return {
+        particle.name: {
+            run: Matches(len(points), np.sort(scores), np.sort(_best_hit(points, candidates, scores, reach)))
+            for run, (points, candidates, scores) in zip(runs, _point_sets(truth, picks, particle.name), strict=True)
+        }
+        for particle in particles
+        for reach in [particle.radius * distance_multiplier]
+    }
+
+
+def pool(matches: Iterable[Matches]) -> Matches:
+    """Return several runs as one, as the competition counts them."""
+    parts = list(matches)
+    scores, best_hits = (
+        np.sort(np.concatenate([np.empty(0), *arrays]))
+        for arrays in ([part.scores for part in parts], [part.best_hits for part in parts])
+    )
+    return Matches(sum(part.references for part in parts), scores, best_hits)
+
+
+def fbeta_curve(matches: Matches, beta: float = BETA) -> NDArray[np.float64]:
+    """Return ``(N, 2)``: every score that occurs, descending, and the F-beta of the picks of at least that score."""
+    tried = np.unique(matches.scores)[::-1]
+    found = len(matches.scores) - np.searchsorted(matches.scores, tried)
+    hits = len(matches.best_hits) - np.searchsorted(matches.best_hits, tried)
+    references = np.full(len(tried), float(matches.references))
+    return np.stack([tried, fbeta(hits.astype(float), found.astype(float), references, beta)], 1)
+
+
+def choose_threshold(curve: NDArray[np.float64]) -> tuple[float, float] | None:
+    """Return the middle of the stretch about the best threshold that does as well within ``PLATEAU``, and its F-beta.
+
+    Parameters
+    ----------
+    curve
+        ``(N, 2)``, as `fbeta_curve` gives it. One without a hit has no best threshold: ``None``.
+    """
+    tried, values = curve.T
+    if not len(tried) or values.max() == 0:
+        return None
+    best = int(values.argmax())
+    worse = np.flatnonzero(values < values[best] - PLATEAU)
+    first = int(worse[worse < best].max(initial=-1)) + 1
+    last = int(worse[worse > best].min(initial=len(values))) - 1
+    below = tried[min(last + 1, len(tried) - 1)]  # down to the next score, nothing changes
+    middle = float(tried[first] + below) / 2
+    return middle, float(values[np.flatnonzero(tried >= middle).max()])
 
 
 def _normalise(frame: pd.DataFrame, particles: ParticleSet, where: str, scored: bool = False) -> pd.DataFrame:

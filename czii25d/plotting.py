@@ -1,4 +1,4 @@
-"""Pictures of slices with true and found particles."""
+"""Pictures of slices with true and found particles, and of scores against thresholds."""
 
 from __future__ import annotations
 
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
     from czii25d.geometry import Spacing3D
     from czii25d.particles import ParticleSet
+    from czii25d.thresholds import CrossFit
 
 _OUTLINE = [withStroke(linewidth=2.2, foreground="#00000099")]  # keeps light colours legible on a light slice
 _DASHES = (0, (2, 1.5))
@@ -102,6 +103,54 @@ def plot_picks(
         fontsize=8,
         frameon=False,
     )
+    with write_aside(path) as partial:
+        figure.savefig(partial, dpi=200, format=Path(path).suffix[1:] or "png")
+
+
+def plot_thresholds(fitted: CrossFit, path: Path | str) -> None:
+    """Draw F-beta of all runs together against the threshold, a panel for each particle.
+
+    The line is the threshold fitted to all runs, the band what leaving out one run at a time makes of it, and the
+    dashes F-beta out of fold. A panel's title says what it shows, so that nothing hangs on its colour.
+
+    Parameters
+    ----------
+    fitted
+        See `czii25d.thresholds.cross_fit`.
+    path
+        Where the picture goes; its suffix says what format.
+    """
+    columns = min(3, len(fitted.particles))
+    rows = -(-len(fitted.particles) // columns)
+    figure = Figure((2.6 * columns + 0.4, 2.1 * rows + 0.6), layout="constrained")
+    FigureCanvasAgg(figure)
+    panels = figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True)
+    for ax in panels.flat[len(fitted.particles) :]:
+        ax.set_axis_off()
+    for ax, particle, curve, chosen, (low, high), value in zip(
+        panels.flat, fitted.particles, fitted.curves, fitted.thresholds, fitted.spread, fitted.fbeta, strict=False
+    ):
+        ax.set(xlim=(0, 1), ylim=(0, 1.02))
+        ax.spines[["top", "right"]].set_visible(False)
+        ax.tick_params(labelsize=8)
+        ax.set_title(f"{particle.name}: none to fit to" if np.isnan(chosen) else particle.name, fontsize=9)
+        if not np.isnan(low):
+            ax.axvspan(low, high, color="0.85", lw=0)
+        if not np.isnan(chosen):
+            ax.axvline(chosen, color="0.2", lw=1)
+            ax.axhline(value, color="0.2", lw=0.8, ls=_DASHES)
+        # down to the next lower score, which is not included, a threshold keeps the same picks
+        threshold, score = curve[::-1].T
+        ax.plot(threshold, score, color=particle.color, lw=1.6, drawstyle="steps-pre", path_effects=_OUTLINE)
+    figure.supxlabel("threshold", fontsize=9)
+    figure.supylabel(f"F{fitted.beta:g}", fontsize=9)
+    style: dict[str, Any] = {"color": "0.2"}
+    handles = [
+        Line2D([], [], lw=1, label="fitted to all runs", **style),
+        Line2D([], [], lw=6, label="with one run left out", color="0.85"),
+        Line2D([], [], lw=0.8, ls=_DASHES, label=f"F{fitted.beta:g} out of fold", **style),
+    ]
+    figure.legend(handles=handles, loc="outside upper center", ncols=3, fontsize=8, frameon=False)
     with write_aside(path) as partial:
         figure.savefig(partial, dpi=200, format=Path(path).suffix[1:] or "png")
 

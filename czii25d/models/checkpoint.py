@@ -10,7 +10,7 @@ import re
 import warnings
 import zipfile
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from importlib.metadata import version
 from numbers import Real
 from pathlib import Path
@@ -168,6 +168,59 @@ def save_weights(path: Path | str, model: nn.Module, card: ModelCard) -> None:
     tensors = {key: tensor.detach().cpu().contiguous() for key, tensor in model.state_dict().items()}
     with write_aside(path) as partial:
         safetensors.torch.save_file(tensors, partial, {CARD_KEY: json.dumps(card.to_dict())})
+
+
+def read_card(path: Path | str) -> ModelCard | None:
+    """Return the card in a file without building its network; ``None``: it has none. Raises as `load_checkpoint`."""
+    values = _read(Path(path))[1]
+    return None if values is None else ModelCard.from_dict(values, path)
+
+
+def store_thresholds(path: Path | str, thresholds: Mapping[str, float]) -> ModelCard:
+    """Replace the thresholds in a file's card, whole or not at all, and return the card.
+
+    Weights and whatever else the file holds, as the optimizer's state, keep their values. A file that already holds
+    these thresholds is not touched.
+
+    Parameters
+    ----------
+    path
+        A Lightning checkpoint of this project, or safetensors, with a card.
+    thresholds
+        Least score of a pick by particle.
+
+    Raises
+    ------
+    InputError
+        If there is no card, a threshold is of an unknown particle, or the file cannot be written again without running
+        code in it.
+    """
+    path = Path(path)
+    card = read_card(path)
+    if card is None:
+        raise InputError(path, "a checkpoint with a card", "none", "give one that 11_train.py or save_weights wrote")
+    if card.thresholds == thresholds:
+        return card
+    card = replace(card, thresholds=dict(thresholds))
+    if path.suffix == ".safetensors":
+        with safetensors.safe_open(path, "pt") as file:
+            metadata = {**file.metadata(), CARD_KEY: json.dumps(card.to_dict())}
+        tensors = safetensors.torch.load_file(path)
+        with write_aside(path) as partial:
+            safetensors.torch.save_file(tensors, partial, metadata)
+        return card
+    try:  # without stand-ins: what they stand for would be lost
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        raise InputError(
+            path,
+            "tensors and plain values besides the weights",
+            "objects of other libraries",
+            "store the thresholds in a copy that save_weights makes",
+        ) from error
+    with write_aside(path) as partial:
+        torch.save({**content, CARD_KEY: card.to_dict()}, partial)
+    return card
 
 
 def _published_card(model: nn.Module, kwargs: dict[str, Any]) -> ModelCard:

@@ -85,33 +85,18 @@ def predict(cfg: DictConfig) -> pd.DataFrame:
     plan = Plan(cfg)
     sources = find_sources(cfg)
     mine = shard(sources, cfg.infer.shard)
-    parts, failed = {}, {}
-    for source in sources:
-        outcome = Outcome(source.name)
-        with _caught(outcome):
-            parts[source.name] = plan.part(source)
-        if outcome.error is not None and source in mine:
-            failed[source.name] = outcome.error
-    outcomes = run_plan(plan, [each for each in mine if each.name in parts and not parts[each.name].is_file()])
-    failed |= {outcome.run: outcome.error for outcome in outcomes if outcome.error}
-    done = {name: part for name, part in parts.items() if part.is_file()}
-    others = [source.name for source in sources if source.name not in done | failed]
+    picked = pick_missing(plan, sources, mine)
+    done = picked.done
+    others = [source.name for source in sources if source.name not in done | picked.failed]
     kept = pd.DataFrame()
     if done and not others:  # of several shards, the last one collects what all have found
         kept = collect(plan, list(done.values()))
-    Console(stderr=True).print(as_rich_table(mine, outcomes, done, plan.thresholds))
+    Console(stderr=True).print(as_rich_table(mine, picked.outcomes, done, plan.thresholds))
     if others:
         logger.info(
             "%d of %d runs are left to other shards; the last one writes submission.csv", len(others), len(sources)
         )
-    if failed:
-        first, why = next(iter(failed.items()))
-        raise InputError(
-            f"{len(failed)} of {len(mine)} runs",
-            "tomograms that can be picked",
-            "; ".join(failed.values()) if len(failed) < 4 else f"{first}: {why}; and others",
-            "mend them and start the same command again: the other runs are done",
-        )
+    refuse_failed(picked.failed, len(mine))
     return kept
 
 
@@ -243,6 +228,46 @@ class Outcome:
     tiles: int = 0
     memory_gb: float = 0.0
     error: str | None = None
+
+
+@dataclass(frozen=True)
+class Picked:
+    """What became of all runs: the file of each one's picks, there or not, and why some have none."""
+
+    parts: dict[str, Path]
+    outcomes: list[Outcome]
+    failed: dict[str, str]
+
+    @property
+    def done(self) -> dict[str, Path]:
+        """The files that are there."""
+        return {name: part for name, part in self.parts.items() if part.is_file()}
+
+
+def pick_missing(plan: Plan, sources: Sequence[Source], mine: Sequence[Source]) -> Picked:
+    """Pick those of ``mine`` that have not been picked by the same recipe before; ``sources`` are all runs."""
+    parts, failed = {}, {}
+    for source in sources:
+        outcome = Outcome(source.name)
+        with _caught(outcome):
+            parts[source.name] = plan.part(source)
+        if outcome.error is not None and source in mine:
+            failed[source.name] = outcome.error
+    outcomes = run_plan(plan, [each for each in mine if each.name in parts and not parts[each.name].is_file()])
+    failed |= {outcome.run: outcome.error for outcome in outcomes if outcome.error}
+    return Picked(parts, outcomes, failed)
+
+
+def refuse_failed(failed: Mapping[str, str], count: int) -> None:
+    """Raise `InputError` if any of ``count`` runs failed."""
+    if failed:
+        first, why = next(iter(failed.items()))
+        raise InputError(
+            f"{len(failed)} of {count} runs",
+            "tomograms that can be picked",
+            "; ".join(failed.values()) if len(failed) < 4 else f"{first}: {why}; and others",
+            "mend them and start the same command again: the other runs are done",
+        )
 
 
 def run_plan(plan: Plan, todo: Sequence[Source]) -> list[Outcome]:

@@ -41,13 +41,14 @@ logger = logging.getLogger(__name__)
 
 NOT_FOR_THE_CONSTRUCTOR = ("ema", "ema_decay", "ema_warmup", "freeze_backbone_epochs", "resume_path")
 MAY_CHANGE_ON_RESUME = ("resume", "paths", "wandb", "trainer", "infer", "hydra", "data.num_workers")
+BEST_BY = ("fbeta_ranked", "fbeta", "fbeta_fixed")  # as `HeatmapModule` logs them, under val/
 SCHEDULES = ("cosine", "tanh", "step", "poly")
 
 
 def train(cfg: DictConfig) -> dict[str, float]:
     """Train one fold, or on every run, and return the last metrics.
 
-    Leaves ``best.ckpt`` (highest weighted F4 of the held-out runs), ``last.ckpt``, ``config.yaml`` and
+    Leaves ``best.ckpt`` (highest ``val/<best_by>`` of the held-out runs), ``last.ckpt``, ``config.yaml`` and
     ``metrics.csv`` in ``<paths.saved_models>/<wandb.name>/``.
     """
     folder = Path(cfg.paths.saved_models) / cfg.wandb.name
@@ -79,8 +80,8 @@ def train(cfg: DictConfig) -> dict[str, float]:
     metrics = {key: float(value) for key, value in trainer.callback_metrics.items()}
     if "val/fbeta" in metrics and trainer.is_global_zero:
         best = getattr(trainer.checkpoint_callback, "best_model_score", None)
-        shown = metrics["val/fbeta"] if best is None else float(best)
-        logger.info("best weighted F4 on the held-out runs: %.4f; checkpoints in %s", shown, folder)
+        shown = metrics[f"val/{cfg.best_by}"] if best is None else float(best)
+        logger.info("best val/%s of the held-out runs: %.4f; checkpoints in %s", cfg.best_by, shown, folder)
     return metrics
 
 
@@ -90,6 +91,8 @@ def check_before_work(cfg: DictConfig) -> None:
         raise InputError("key trainer.accelerator", "a GPU that torch sees", "none", "set trainer.accelerator=cpu")
     if cfg.scheduler.sched not in SCHEDULES:
         raise InputError("key scheduler.sched", f"one of {', '.join(SCHEDULES)}", cfg.scheduler.sched, "choose one")
+    if cfg.best_by not in BEST_BY:
+        raise InputError("key best_by", f"one of {', '.join(BEST_BY)}", str(cfg.best_by), "choose one")
 
 
 def create_data(cfg: DictConfig, particles: ParticleSet) -> TomogramDataModule:
@@ -199,7 +202,7 @@ def create_schedule(cfg: DictConfig, optimizer: torch.optim.Optimizer, updates_p
 
 
 def create_trainer(cfg: DictConfig, folder: Path, judged: bool) -> L.Trainer:
-    """Build Lightning's trainer with our callbacks; ``judged`` runs also keep the checkpoint with the highest F4."""
+    """Build Lightning's trainer with our callbacks; ``judged`` ones also keep what ``best_by`` chooses."""
     arguments: dict[str, Any] = OmegaConf.to_container(cfg.trainer)  # type: ignore[assignment]
     on_cpu = arguments["accelerator"] == "cpu" or (arguments["accelerator"] == "auto" and not torch.cuda.is_available())
     if on_cpu and isinstance(arguments["devices"], list):
@@ -216,7 +219,7 @@ def create_trainer(cfg: DictConfig, folder: Path, judged: bool) -> L.Trainer:
             ModelCheckpoint(
                 folder,
                 "best",
-                monitor="val/fbeta",
+                monitor=f"val/{cfg.best_by}",
                 mode="max",
                 auto_insert_metric_name=False,
                 enable_version_counter=False,

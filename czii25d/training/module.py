@@ -21,6 +21,7 @@ from czii25d.models.checkpoint import ModelCard
 from czii25d.particles import ParticleSet
 from czii25d.picks import empty_picks
 from czii25d.runtimes.torch import TorchNetwork
+from czii25d.thresholds import ranked_fbeta
 
 
 class HeatmapModule(L.LightningModule):
@@ -146,10 +147,11 @@ class HeatmapModule(L.LightningModule):
         self._picks.append((position, picks.assign(run=target.run)))
 
     def on_validation_epoch_end(self) -> None:
-        """Score the picks of all processes together: at thresholds fitted on them, and at the ones before.
+        """Score the picks of all processes together: at thresholds fitted on them, at the ones before, and at none.
 
         ``val/fbeta`` is optimistic, its thresholds having seen the tomogram they are judged on;
-        ``val/fbeta_fixed`` uses the thresholds of the validation before (0.5 for the first).
+        ``val/fbeta_fixed`` uses the thresholds of the validation before (0.5 for the first); ``val/fbeta_ranked``
+        chooses no threshold, see `czii25d.thresholds.ranked_fbeta`.
         """
         gathered = self._picks
         if self.trainer.world_size > 1:
@@ -167,6 +169,7 @@ class HeatmapModule(L.LightningModule):
         values = {f"val/fbeta/{name}": self.table["fbeta"][name] for name in self.particles.names}
         values["val/fbeta"] = self.table["fbeta"]["total"]
         values["val/fbeta_fixed"] = self._evaluate(solution, picks, before)["fbeta"]["total"]
+        values["val/fbeta_ranked"] = ranked_fbeta(solution, picks, self.particles)["total"]
         self.log_dict({key: float(value) for key, value in values.items()}, rank_zero_only=False)
 
     def _evaluate(self, solution: pd.DataFrame, picks: pd.DataFrame, thresholds: dict[str, float]) -> pd.DataFrame:
