@@ -25,6 +25,7 @@ import pandas as pd
 import torch
 from numpy.typing import NDArray
 from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
@@ -40,7 +41,7 @@ from czii25d.inference import pick_slabs
 from czii25d.inference.ahead import ahead
 from czii25d.particles import ParticleSet
 from czii25d.picks import concat_picks, read_picks_csv, write_scored_picks_csv, write_submission_csv
-from czii25d.pipeline.app import keep_freed_memory, set_up_logging
+from czii25d.pipeline.app import check_value_types, keep_freed_memory, leaves, load_config, set_up_logging
 from czii25d.pipeline.dataset import create_volume, find_input
 from czii25d.pipeline.members import (
     Group,
@@ -228,6 +229,33 @@ class Plan:
         return self.results / "runs" / f"{source.name}.{hashlib.sha256(key.encode()).hexdigest()[:12]}.csv"
 
 
+def compose_plan(keys: Mapping[str, Any]) -> Plan:
+    """Return the plan of ``conf/predict.yaml`` with some keys as Python values, by dotted name; None: as it is there.
+
+    Raises
+    ------
+    InputError
+        If a key is unknown or its value is none for it; and as `Plan`.
+    """
+    cfg = load_config("predict")
+    defaults = cfg.copy()
+    known = dict(leaves(OmegaConf.to_container(defaults, resolve=False)))
+    for key, value in keys.items():
+        if key not in known:
+            raise InputError(
+                f"key {key}", "a key of conf/predict.yaml", f"none of that name{did_you_mean(key, known)}", "correct it"
+            )
+        try:
+            if value is not None:
+                OmegaConf.update(cfg, key, value, merge=False)
+        except OmegaConfBaseException:
+            raise InputError(
+                f"key {key}", "text, numbers, or lists or dictionaries of them", repr(value), "convert it"
+            ) from None
+    check_value_types(cfg, defaults)
+    return Plan(cfg)
+
+
 @dataclass
 class Outcome:
     """What became of a run: seconds per stage, tiles and peak memory, or an error."""
@@ -405,7 +433,7 @@ def collect(plan: Plan, parts: Sequence[Path]) -> pd.DataFrame:
     """Write what was found in all runs as one, and return the picks above their thresholds."""
     frames = [read_picks_csv(part, scored=True) for part in parts]
     scored = concat_picks(frames, scored=True)
-    kept = scored[scored["score"].to_numpy() >= scored["particle"].map(plan.thresholds).to_numpy(float)]
+    kept = above_thresholds(scored, plan.thresholds)
     with _one_at_a_time(plan.results):
         write_scored_picks_csv(plan.results / "scored_picks.csv", scored)
         write_submission_csv(plan.results / "submission.csv", kept)
@@ -414,6 +442,11 @@ def collect(plan: Plan, parts: Sequence[Path]) -> pd.DataFrame:
         *(len(kept), plan.results / "submission.csv", len(scored)),
     )
     return kept
+
+
+def above_thresholds(picks: pd.DataFrame, thresholds: Mapping[str, float]) -> pd.DataFrame:
+    """Return the scored picks that reach the thresholds of their particles."""
+    return picks[picks["score"].to_numpy() >= picks["particle"].map(thresholds).to_numpy(float)]
 
 
 @contextmanager
@@ -524,8 +557,6 @@ def as_rich_table(
             cells = [f"{outcome.seconds[stage]:.1f}" for stage in STAGES] + [f"{speed:.1f}", f"{outcome.memory_gb:.1f}"]
         count = ""
         if source.name in parts:
-            picks = read_picks_csv(parts[source.name], scored=True)
-            least = picks["particle"].map(thresholds).to_numpy(float)
-            count = str(int((picks["score"].to_numpy() >= least).sum()))
+            count = str(len(above_thresholds(read_picks_csv(parts[source.name], scored=True), thresholds)))
         table.add_row(source.name, *cells, count)
     return table
