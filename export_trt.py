@@ -1,4 +1,4 @@
-"""Export checkpoints to ONNX files and TensorRT engines, checked against torch, each with a JSON that describes it."""
+"""Export checkpoints to ONNX files and TensorRT engines, checked against torch, each described by a JSON file."""
 
 from czii25d.pipeline.app import run
 from czii25d.pipeline.export import export

@@ -8,10 +8,16 @@ if TYPE_CHECKING:
     from czii25d.metrics import score
     from czii25d.models import create_model
     from czii25d.models.checkpoint import load_model
+    from czii25d.picker import Picker
 
-__all__ = ["create_model", "load_model", "score"]
+__all__ = ["Picker", "create_model", "load_model", "score"]
 
-_HOME = {"create_model": "czii25d.models", "load_model": "czii25d.models.checkpoint", "score": "czii25d.metrics"}
+_HOME = {
+    "Picker": "czii25d.picker",
+    "create_model": "czii25d.models",
+    "load_model": "czii25d.models.checkpoint",
+    "score": "czii25d.metrics",
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -112,7 +112,7 @@ class ParticleSet(Sequence[Particle]):
         """Return the first ``class_num`` particles, as the published key does; all for ``None``."""
         if class_num is None:
             return self
-        if not 1 <= class_num <= len(self):
+        if not isinstance(class_num, int) or not 1 <= class_num <= len(self):
             raise InputError(
                 "class_num",
                 f"1 to {len(self)} ({', '.join(self.names)})",

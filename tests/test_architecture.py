@@ -19,6 +19,7 @@ LAYERS = [
     {"export"},
     {"training"},
     {"pipeline"},
+    {"picker", "__main__"},
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 MODULES = sorted(path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__init__.py")

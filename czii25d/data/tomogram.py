@@ -107,10 +107,27 @@ def _open_npy(path: Path, given: Spacing3D | None) -> Tomogram:
         array = np.load(path, mmap_mode="r", allow_pickle=False)
     except (ValueError, EOFError, OSError) as error:  # a truncated file cannot be mapped
         raise InputError(path, "a whole .npy file", f"{type(error).__name__}: {error}", "copy it again") from None
+    return _of_array(path, array, given, "export it again")
+
+
+def wrap_array(array: NDArray[Any], voxel_spacing: float | Sequence[float] | None, name: str = "array") -> Tomogram:
+    """Return an array ``(D, H, W)`` in memory as a tomogram; ``name`` takes the path's place.
+
+    Raises
+    ------
+    InputError
+        If it is no 3D array of real numbers, or there is no voxel spacing.
+    """
+    if voxel_spacing is None:
+        raise InputError(name, "a voxel spacing", "none: arrays hold no metadata", "give voxel_spacing")
+    return _of_array(Path(name), array, as_voxel_spacing(voxel_spacing), "give it as (D, H, W)")
+
+
+def _of_array(path: Path, array: Any, voxel_spacing: Spacing3D, cure: str) -> Tomogram:
     if not isinstance(array, np.ndarray) or array.ndim != 3 or 0 in array.shape or array.dtype.kind not in "iuf":
         found = f"{array.shape} of {array.dtype}" if isinstance(array, np.ndarray) else "an archive"
-        raise InputError(path, "a 3D array of real numbers with at least one voxel", found, "export it again")
-    return Tomogram(path, (array.shape[0], array.shape[1], array.shape[2]), given, array)
+        raise InputError(path, "a 3D array of real numbers with at least one voxel", found, cure)
+    return Tomogram(path, (array.shape[0], array.shape[1], array.shape[2]), voxel_spacing, array)
 
 
 def _open_zarr(path: Path, given: Spacing3D | None, level: int) -> Tomogram:

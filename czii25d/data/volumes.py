@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -83,15 +84,72 @@ class Volume:
         return self._normalise(flat.reshape(-1, height, width))
 
     def _normalise(self, voxels: NDArray[np.float16]) -> NDArray[np.float32]:
-        voxels_f32 = voxels.astype(np.float32)
-        if self.normalization == "global":
-            voxels_f32 *= np.float32(self.std / GLOBAL_STD)
-            voxels_f32 += np.float32((self.mean - GLOBAL_MEAN) / GLOBAL_STD)
-        return voxels_f32
+        return _normalised(voxels, self.mean, self.std, self.normalization)
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Send the path, not the voxels, to other processes."""
         return open_volume, (self.folder, self.normalization)
+
+
+@dataclass(frozen=True)
+class MemoryVolume:
+    """A volume in memory: the same voxels, to the last bit, as `Volume` has in its file.
+
+    Parameters
+    ----------
+    data
+        ``(D, H, W)`` float16 z-scores.
+    mean, std, voxel_spacing, normalization
+        See `Volume`.
+    """
+
+    data: NDArray[np.float16]
+    mean: float
+    std: float
+    voxel_spacing: Spacing3D
+    normalization: Normalization = "volume"
+
+    @classmethod
+    def of(
+        cls, volume: NDArray[np.float32], voxel_spacing: Spacing3D, normalization: Normalization = "volume"
+    ) -> MemoryVolume:
+        """Make one of a tomogram's voxels ``(D, H, W)``, finite and not constant (see `read_volume`)."""
+        mean, std = _mean_and_std(volume)
+        data = np.empty(volume.shape, np.float16)
+        for plane, z_scores in zip(data, _z_scores(volume, mean, std), strict=True):
+            plane[...] = z_scores
+        return cls(data, mean, std, voxel_spacing, normalization)
+
+    @property
+    def shape(self) -> Shape3D:
+        """``(D, H, W)``."""
+        d, h, w = self.data.shape
+        return d, h, w
+
+    def planes(self, start: int, stop: int) -> NDArray[np.float32]:
+        """Return normalised planes ``(stop - start, H, W)``."""
+        return _normalised(self.data[start:stop], self.mean, self.std, self.normalization)
+
+
+def _mean_and_std(volume: NDArray[np.float32]) -> tuple[float, float]:
+    # In double precision plane by plane, which are equally large: no copy of the whole is made.
+    means, variances = np.array([(p.mean(dtype=np.float64), p.var(dtype=np.float64)) for p in volume]).T
+    return float(means.mean()), math.sqrt(variances.mean() + means.var())
+
+
+def _z_scores(volume: NDArray[np.float32], mean: float, std: float) -> Iterator[NDArray[np.float16]]:
+    for plane in volume:
+        yield ((plane - np.float32(mean)) * np.float32(1 / std)).astype("<f2")
+
+
+def _normalised(
+    voxels: NDArray[np.float16], mean: float, std: float, normalization: Normalization
+) -> NDArray[np.float32]:
+    voxels_f32 = voxels.astype(np.float32)
+    if normalization == "global":
+        voxels_f32 *= np.float32(std / GLOBAL_STD)
+        voxels_f32 += np.float32((mean - GLOBAL_MEAN) / GLOBAL_STD)
+    return voxels_f32
 
 
 def write_volume(
@@ -106,9 +164,7 @@ def write_volume(
     source
         Where it came from; kept as it is, to tell whether the volume is up to date.
     """
-    # In double precision plane by plane, which are equally large: no copy of the whole is made.
-    means, variances = np.array([(p.mean(dtype=np.float64), p.var(dtype=np.float64)) for p in volume]).T
-    mean, std = float(means.mean()), math.sqrt(variances.mean() + means.var())
+    mean, std = _mean_and_std(volume)
     meta = {
         "format_version": FORMAT_VERSION,
         "shape": list(volume.shape),
@@ -122,8 +178,8 @@ def write_volume(
         with (partial / "volume.npy").open("wb") as file:
             header = {"descr": "<f2", "fortran_order": False, "shape": volume.shape}
             np.lib.format.write_array_header_1_0(file, header)
-            for plane in volume:
-                file.write(((plane - np.float32(mean)) * np.float32(1 / std)).astype("<f2").data)
+            for plane in _z_scores(volume, mean, std):
+                file.write(plane.data)
         (partial / "meta.json").write_text(json.dumps(meta, indent=2))
     return meta
 

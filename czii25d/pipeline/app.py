@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import hydra
 from hydra.core.global_hydra import GlobalHydra
+from hydra.core.utils import JobRuntime
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -30,22 +31,35 @@ NUMBER_OR_NAME = ("data.fold_id", "trainer.precision", "trainer.devices")  # num
 INPUT_ERROR, INTERRUPTED = 2, 130
 
 
-def run(function: Callable[[DictConfig], Any], config_name: str) -> None:
+def run(
+    function: Callable[[DictConfig], Any],
+    config_name: str,
+    description: str | None = None,
+    program_words: int = 1,
+) -> None:
     """Run ``function`` with the configuration ``conf/<config_name>.yaml`` and the command line's overrides.
 
     What the user can mend (`InputError`, a misspelt key, no space left) is printed as one line on standard
     error, with exit status 2; ``CZII25D_TRACEBACK=1`` shows the traceback instead.
+
+    Parameters
+    ----------
+    description
+        What ``--help`` says first; ``None``: the docstring of the script.
+    program_words
+        How many words of the command line name the program: 1 of ``21_predict.py``, 2 of ``czii25d predict``.
     """
-    argv = translate_flags(sys.argv[1:])
+    program, argv = sys.argv[:program_words], translate_flags(sys.argv[program_words:])
     if {"--help", "-h"} & set(argv):
-        print_help(sys.modules["__main__"].__doc__ or "", config_name)
+        print_help(description or sys.modules["__main__"].__doc__ or "", config_name)
         return
     set_up_logging()
     os.environ["HYDRA_FULL_ERROR"] = "1"  # let exceptions come here rather than be printed by Hydra
-    sys.argv = [sys.argv[0], *argv, f"hydra.job.name={config_name}"]
+    overrides = [*argv, f"hydra.job.name={config_name}"]
+    sys.argv = [program[0], *overrides]  # where Hydra reads them
     with one_line_errors(config_name):
         decorate = hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name=config_name)
-        decorate(_Checked(function, config_name))()
+        decorate(_Checked(function, config_name, (*program, *overrides)))()
 
 
 @contextmanager
@@ -68,11 +82,12 @@ def one_line_errors(config_name: str) -> Iterator[None]:
 class _Checked:
     """The pipeline function behind a check of the types of overridden values; picklable for Hydra's launchers."""
 
-    def __init__(self, function: Callable[[DictConfig], Any], config_name: str) -> None:
-        self.function, self.config_name = function, config_name
+    def __init__(self, function: Callable[[DictConfig], Any], config_name: str, command: Sequence[str]) -> None:
+        self.function, self.config_name, self.command = function, config_name, command
         self.__module__ = function.__module__  # Hydra asks where the task function lives
 
     def __call__(self, cfg: DictConfig) -> Any:
+        sys.argv = list(self.command)  # Lightning starts the other processes of a training with these words
         set_up_logging()  # once more: a launcher may have started a fresh process
         with one_line_errors(self.config_name):  # here, before Hydra adds lines of its own
             check_value_types(cfg, load_config(self.config_name))
@@ -119,10 +134,14 @@ def keep_freed_memory() -> None:
 
 def load_config(config_name: str, overrides: Sequence[str] = ()) -> DictConfig:
     """Return the configuration ``conf/<config_name>.yaml`` with overrides, for notebooks and other programs."""
-    if GlobalHydra.instance().is_initialized():  # inside a running job
-        return hydra.compose(config_name, list(overrides))
-    with hydra.initialize_config_dir(str(conf_dir().resolve()), version_base="1.3"):
-        return hydra.compose(config_name, list(overrides))
+    running = GlobalHydra.instance().hydra  # our own job, or one of a program whose configuration is not ours
+    job_name = JobRuntime.instance().get("name")
+    GlobalHydra.instance().clear()
+    try:
+        with hydra.initialize_config_dir(str(conf_dir().resolve()), job_name, version_base="1.3"):
+            return hydra.compose(config_name, list(overrides))
+    finally:
+        GlobalHydra.instance().hydra = running
 
 
 def leaves(node: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -11,13 +11,14 @@ from typing import Any
 
 import torch
 from omegaconf import DictConfig, ListConfig, OmegaConf
-from torch import nn
+from torch import Tensor, nn
 
 from czii25d.errors import InputError
 from czii25d.export.manifest import Manifest, content_hash, read_manifest, write_manifest
 from czii25d.export.onnx import export_onnx
 from czii25d.geometry import Shape3D, Spacing3D
-from czii25d.inference import Ensemble, InferenceOptions, Member, Predictor
+from czii25d.inference import Ensemble, InferenceOptions, Member, Planes, Predictor, merge_slabs, predict_slabs
+from czii25d.inference.sliding import Progress
 from czii25d.metrics import DEFAULT_THRESHOLD
 from czii25d.models.checkpoint import ModelCard, load_checkpoint
 from czii25d.models.folding import fold
@@ -200,6 +201,55 @@ def create_groups(
     by_tile = {own.tile_shape: own for own in options}
     ensembles = {tile: Ensemble(group, list(infer.tta or ())) for tile, group in members.items()}
     return [Group(ensemble, by_tile[tile], ensemble.weight) for tile, ensemble in ensembles.items()]
+
+
+def predict_groups(
+    run: str, volume: Planes, groups: Sequence[Group], class_num: int, progress: Progress | None = None
+) -> Iterator[Tensor]:
+    """Yield the finite heatmaps ``(C, d, H, W)`` of a whole ensemble, slab by slab.
+
+    Parameters
+    ----------
+    run
+        Its name, for messages.
+    progress
+        Called with the number of tiles done and of all, over all networks.
+
+    Raises
+    ------
+    InputError
+        If heatmaps are not finite; and as `czii25d.inference.predict_slabs`.
+    """
+    tiles = dict.fromkeys(range(len(groups)), (0, 1))
+
+    def watch(index: int) -> Progress:
+        def update(done: int, of: int) -> None:
+            tiles[index] = (done, of)
+            if progress is not None:
+                progress(sum(done for done, _ in tiles.values()), sum(of for _, of in tiles.values()))
+
+        return update
+
+    streams = [
+        predict_slabs(volume, group.predictor, class_num, group.options, watch(index))
+        for index, group in enumerate(groups)
+    ]
+    for _, slab in merge_slabs(streams, [group.weight for group in groups]):
+        if not torch.isfinite(slab.amax()):  # a maximum passes NaN on
+            raise InputError(f"run {run}", "finite heatmaps", "NaN or infinity", "set infer.precision=fp32")
+        yield slab
+
+
+def check_spacing(run: str, own: Spacing3D, cards: Sequence[ModelCard]) -> None:
+    """Raise `InputError` if a network was trained on voxels of another size than this run's."""
+    for card in cards:
+        if card.voxel_spacing and not spacings_agree(own, card.voxel_spacing):
+            raise InputError(
+                f"run {run}",
+                f"the voxel spacing the network was trained on, {spacing_text(card.voxel_spacing)}",
+                spacing_text(own),
+                "rescale the tomogram, or train on this spacing",
+            )
 
 
 def member_weights(given: Any, count: int) -> list[float]:

@@ -25,6 +25,7 @@ import pandas as pd
 import torch
 from numpy.typing import NDArray
 from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
@@ -36,18 +37,17 @@ from czii25d.data.tomogram import describe_source, open_tomogram
 from czii25d.data.volumes import Volume, open_volume, read_meta
 from czii25d.errors import InputError, did_you_mean
 from czii25d.files import write_aside
-from czii25d.geometry import Spacing3D
-from czii25d.inference import merge_slabs, pick_slabs, predict_slabs
+from czii25d.inference import pick_slabs
 from czii25d.inference.ahead import ahead
-from czii25d.models.checkpoint import ModelCard
 from czii25d.particles import ParticleSet
 from czii25d.picks import concat_picks, read_picks_csv, write_scored_picks_csv, write_submission_csv
-from czii25d.pipeline.app import keep_freed_memory, set_up_logging
+from czii25d.pipeline.app import check_value_types, keep_freed_memory, leaves, load_config, set_up_logging
 from czii25d.pipeline.dataset import create_volume, find_input
 from czii25d.pipeline.members import (
     Group,
     NetworkFile,
     agree,
+    check_spacing,
     choose_device,
     choose_runtime,
     choose_thresholds,
@@ -56,9 +56,8 @@ from czii25d.pipeline.members import (
     inference_options,
     member_weights,
     open_network_file,
+    predict_groups,
     prepare_graph,
-    spacing_text,
-    spacings_agree,
     tile_of,
 )
 from czii25d.runtimes.torch import TorchNetwork
@@ -219,6 +218,33 @@ class Plan:
         return self.results / "runs" / f"{source.name}.{hashlib.sha256(key.encode()).hexdigest()[:12]}.csv"
 
 
+def compose_plan(keys: Mapping[str, Any]) -> Plan:
+    """Return the plan of ``conf/predict.yaml`` with some keys as Python values, by dotted name; None: as it is there.
+
+    Raises
+    ------
+    InputError
+        If a key is unknown or its value is none for it; and as `Plan`.
+    """
+    cfg = load_config("predict")
+    defaults = cfg.copy()
+    known = dict(leaves(OmegaConf.to_container(defaults, resolve=False)))
+    for key, value in keys.items():
+        if key not in known:
+            raise InputError(
+                f"key {key}", "a key of conf/predict.yaml", f"none of that name{did_you_mean(key, known)}", "correct it"
+            )
+        try:
+            if value is not None:
+                OmegaConf.update(cfg, key, value, merge=False)
+        except OmegaConfBaseException:
+            raise InputError(
+                f"key {key}", "text, numbers, or lists or dictionaries of them", repr(value), "convert it"
+            ) from None
+    check_value_types(cfg, defaults)
+    return Plan(cfg)
+
+
 @dataclass
 class Outcome:
     """What became of a run: seconds per stage, tiles and peak memory, or an error."""
@@ -375,23 +401,13 @@ def open_source(plan: Plan, source: Source, scratch: Path) -> Volume:
 
 def pick_run(plan: Plan, source: Source, volume: Volume, outcome: Outcome, progress: Any) -> None:
     """Write the scored picks of one run."""
-    class_num = len(plan.particles)
-    tiles = dict.fromkeys(range(len(plan.groups)), (0, 1))
 
-    def watch(index: int) -> Any:
-        def update(done: int, of: int) -> None:
-            tiles[index] = (done, of)
-            progress(source.name, sum(n for n, _ in tiles.values()) / sum(n for _, n in tiles.values()))
-
-        return update
+    def watch(done: int, of: int) -> None:
+        outcome.tiles = of
+        progress(source.name, done / of)
 
     clocked = ClockedPlanes(volume)
-    streams = [
-        predict_slabs(clocked, group.predictor, class_num, group.options, watch(index))
-        for index, group in enumerate(plan.groups)
-    ]
-    weights = [group.weight for group in plan.groups]
-    slabs = timed_slabs(source.name, merge_slabs(streams, weights), outcome)
+    slabs = timed_slabs(predict_groups(source.name, clocked, plan.groups, len(plan.particles), watch), outcome)
     begin = time.perf_counter()
     with heatmaps_kept(plan, source, volume, slabs) as kept:
         picks = pick_slabs(kept, plan.particles, plan.groups[0].options, volume.voxel_spacing, plan.card.offset_voxel)
@@ -399,7 +415,6 @@ def pick_run(plan: Plan, source: Source, volume: Volume, outcome: Outcome, progr
     with _clocked(outcome, "write"):
         write_scored_picks_csv(plan.part(source), picks.assign(run=source.name))
     outcome.seconds["read"] += clocked.seconds
-    outcome.tiles = sum(of for _, of in tiles.values())
     outcome.memory_gb = peak_memory_gb()
 
 
@@ -417,19 +432,16 @@ class ClockedPlanes:
         return planes
 
 
-def timed_slabs(run: str, slabs: Iterable[tuple[int, Tensor]], outcome: Outcome) -> Iterator[Tensor]:
-    """Yield finite heatmaps, and add up the seconds they take."""
-    iterator = iter(slabs)
+def timed_slabs(slabs: Iterator[Tensor], outcome: Outcome) -> Iterator[Tensor]:
+    """Yield heatmaps, and add up the seconds they take."""
     while True:
         with _clocked(outcome, "predict"):
-            item = next(iterator, None)
-            if item is not None and item[1].device.type == "cuda":
-                torch.cuda.synchronize(item[1].device)
-        if item is None:
+            slab = next(slabs, None)
+            if slab is not None and slab.device.type == "cuda":
+                torch.cuda.synchronize(slab.device)
+        if slab is None:
             return
-        if not torch.isfinite(item[1].amax()):  # a maximum passes NaN on
-            raise InputError(f"run {run}", "finite heatmaps", "NaN or infinity", "set infer.precision=fp32")
-        yield item[1]
+        yield slab
 
 
 @contextmanager
@@ -450,7 +462,7 @@ def collect(plan: Plan, parts: Sequence[Path]) -> pd.DataFrame:
     """Write what was found in all runs as one, and return the picks above their thresholds."""
     frames = [read_picks_csv(part, scored=True) for part in parts]
     scored = concat_picks(frames, scored=True)
-    kept = scored[scored["score"].to_numpy() >= scored["particle"].map(plan.thresholds).to_numpy(float)]
+    kept = above_thresholds(scored, plan.thresholds)
     with _one_at_a_time(plan.results):
         write_scored_picks_csv(plan.results / "scored_picks.csv", scored)
         write_submission_csv(plan.results / "submission.csv", kept)
@@ -459,6 +471,11 @@ def collect(plan: Plan, parts: Sequence[Path]) -> pd.DataFrame:
         *(len(kept), plan.results / "submission.csv", len(scored)),
     )
     return kept
+
+
+def above_thresholds(picks: pd.DataFrame, thresholds: Mapping[str, float]) -> pd.DataFrame:
+    """Return the scored picks that reach the thresholds of their particles."""
+    return picks[picks["score"].to_numpy() >= picks["particle"].map(thresholds).to_numpy(float)]
 
 
 @contextmanager
@@ -489,18 +506,6 @@ def _clocked(outcome: Outcome, stage: str) -> Iterator[None]:
         yield
     finally:
         outcome.seconds[stage] += time.perf_counter() - begin
-
-
-def check_spacing(run: str, own: Spacing3D, cards: Sequence[ModelCard]) -> None:
-    """Raise `InputError` if a network was trained on voxels of another size than this run's."""
-    for card in cards:
-        if card.voxel_spacing and not spacings_agree(own, card.voxel_spacing):
-            raise InputError(
-                f"run {run}",
-                f"the voxel spacing the network was trained on, {spacing_text(card.voxel_spacing)}",
-                spacing_text(own),
-                "rescale the tomogram, or train on this spacing",
-            )
 
 
 def peak_memory_gb() -> float:
@@ -581,8 +586,6 @@ def as_rich_table(
             cells = [f"{outcome.seconds[stage]:.1f}" for stage in STAGES] + [f"{speed:.1f}", f"{outcome.memory_gb:.1f}"]
         count = ""
         if source.name in parts:
-            picks = read_picks_csv(parts[source.name], scored=True)
-            least = picks["particle"].map(thresholds).to_numpy(float)
-            count = str(int((picks["score"].to_numpy() >= least).sum()))
+            count = str(len(above_thresholds(read_picks_csv(parts[source.name], scored=True), thresholds)))
         table.add_row(source.name, *cells, count)
     return table
