@@ -36,7 +36,7 @@ class Command:
     summary: str
 
 
-COMMANDS = {  # in the order of use; further ones (thresholds, report, view) are a line each
+COMMANDS = {  # in the order of use
     "phantom": Command(
         "phantom",
         "phantom:make_phantom",
@@ -66,6 +66,12 @@ COMMANDS = {  # in the order of use; further ones (thresholds, report, view) are
         "train:train",
         "11_train.py",
         "Train one fold of a 2.5D U-Net; checkpoints go to saved_models/<wandb.name>/.",
+    ),
+    "thresholds": Command(
+        "fit_thresholds",
+        "thresholds:fit_out_of_fold",
+        "12_fit_thresholds.py",
+        "Fit thresholds out of fold, judge them on runs they have not seen, and store them in the checkpoints.",
     ),
     "predict": Command(
         "predict",
