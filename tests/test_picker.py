@@ -121,7 +121,7 @@ def test_defaults_are_those_of_the_configuration_and_arguments_go_before_them(pr
     picker = Picker.load(project / "a.safetensors", runtime="torch")
     [options] = picker._plan.options
     assert (options.batch_size, options.floor, options.window) == (infer.batch_size, infer.floor, infer.window)
-    assert options.tile_shape == (16, 32, 32) and options.stride == (12, 24, 24)  # a quarter overlaps
+    assert options.tile_shape == (16, 32, 32) and options.stride == (14, 28, 28)  # an eighth overlaps
     assert picker.thresholds == {APO: 0.2, GALACTOSIDASE: 0.3}  # the checkpoint's
     assert picker.particles == PARTICLES and picker.voxel_spacing == pytest.approx(SPACING)
     options_given = {
