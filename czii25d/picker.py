@@ -16,15 +16,17 @@ import pandas as pd
 import torch
 from numpy.typing import NDArray
 
+from czii25d.data.regions import RegionTable, check_entry
 from czii25d.data.tomogram import open_tomogram, read_volume, wrap_array
 from czii25d.data.volumes import MemoryVolume
 from czii25d.errors import InputError
 from czii25d.geometry import Spacing3D
-from czii25d.inference import pick_slabs
+from czii25d.inference import pick_slabs, tiles_of_region
 from czii25d.inference.sliding import Progress
 from czii25d.particles import ParticleSet
 from czii25d.pipeline.members import check_spacing, predict_groups
-from czii25d.pipeline.predict import Plan, above_thresholds, compose_plan
+from czii25d.pipeline.predict import Plan, compose_plan
+from czii25d.pipeline.regions import keep_selected
 
 AnyPath: TypeAlias = str | PathLike[str]
 
@@ -75,7 +77,7 @@ class Picker:
             ``output/onnx``, as of 21.
         **infer
             Any other key of ``conf/infer/default.yaml`` but those for many runs: ``stride, margin, window, floor,
-            nms_radius, refine, compile, provider``.
+            nms_radius, min_distance, refine, compile, provider``.
 
         Raises
         ------
@@ -129,6 +131,7 @@ class Picker:
         voxel_spacing: float | Sequence[float] | None = None,
         *,
         run: str | None = None,
+        region: Mapping[str, Any] | None = None,
         all_scores: bool = False,
         fill_missing_chunks: bool = False,
         progress: Progress | None = None,
@@ -144,8 +147,12 @@ class Picker:
             nothing and need it.
         run
             What the picks' ``run`` is; ``None``: the file's name without its suffix, ``"array"`` for an array.
+        region
+            Where to look, as an entry of ``regions.yaml`` (`czii25d.data.regions`): ``{"y": (0, 4000), "margin": 50}``;
+            ranges and polygons in angstrom, masks as files or arrays of the tomogram's shape. Tiles outside are not
+            predicted. ``None``: everywhere.
         all_scores
-            All picks above ``floor``, not only those that reach the thresholds.
+            All picks above ``floor``, not only those that reach the thresholds and keep ``min_distance``.
         fill_missing_chunks
             Chunks that an OME-Zarr does not store are empty on purpose, not lost.
         progress
@@ -160,13 +167,17 @@ class Picker:
         ------
         InputError
             If the tomogram cannot be read or is constant, has no voxel spacing or another one than the networks know;
-            or if the heatmaps are not finite.
+            if nothing of it lies in the region; or if the heatmaps are not finite.
         """
         name, volume = self._prepare(tomogram, voxel_spacing, run, fill_missing_chunks)
-        slabs = predict_groups(name, volume, self._groups, len(self.particles), progress)
+        table = RegionTable({} if region is None else {name: check_entry(region, "region")}, "region")
+        selection = table.select(name, volume.shape, volume.voxel_spacing)
         options, offset = self._groups[0].options, self._plan.card.offset_voxel
+        wanted = selection and tiles_of_region(selection.region, self.particles, options, volume.voxel_spacing)
+        slabs = predict_groups(name, volume, self._groups, len(self.particles), progress, wanted)
         picks = pick_slabs(slabs, self.particles, options, volume.voxel_spacing, offset).assign(run=name)
-        return picks if all_scores else above_thresholds(picks, self._plan.thresholds).reset_index(drop=True)
+        picks = keep_selected(picks, selection, name)
+        return picks if all_scores else self._plan.submitted(picks).reset_index(drop=True)
 
     def heatmap(
         self,

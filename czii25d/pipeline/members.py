@@ -18,7 +18,7 @@ from czii25d.export.manifest import Manifest, content_hash, read_manifest, write
 from czii25d.export.onnx import export_onnx
 from czii25d.geometry import Shape3D, Spacing3D
 from czii25d.inference import Ensemble, InferenceOptions, Member, Planes, Predictor, merge_slabs, predict_slabs
-from czii25d.inference.sliding import Progress
+from czii25d.inference.sliding import Progress, Wanted
 from czii25d.metrics import DEFAULT_THRESHOLD
 from czii25d.models.checkpoint import ModelCard, load_checkpoint
 from czii25d.models.folding import fold
@@ -204,7 +204,12 @@ def create_groups(
 
 
 def predict_groups(
-    run: str, volume: Planes, groups: Sequence[Group], class_num: int, progress: Progress | None = None
+    run: str,
+    volume: Planes,
+    groups: Sequence[Group],
+    class_num: int,
+    progress: Progress | None = None,
+    wanted: Wanted | None = None,
 ) -> Iterator[Tensor]:
     """Yield the finite heatmaps ``(C, d, H, W)`` of a whole ensemble, slab by slab.
 
@@ -214,6 +219,8 @@ def predict_groups(
         Its name, for messages.
     progress
         Called with the number of tiles done and of all, over all networks.
+    wanted
+        Which tiles are predicted, see `czii25d.inference.predict_slabs`; ``None``: all.
 
     Raises
     ------
@@ -231,7 +238,7 @@ def predict_groups(
         return update
 
     streams = [
-        predict_slabs(volume, group.predictor, class_num, group.options, watch(index))
+        predict_slabs(volume, group.predictor, class_num, group.options, watch(index), wanted)
         for index, group in enumerate(groups)
     ]
     for _, slab in merge_slabs(streams, [group.weight for group in groups]):
