@@ -25,7 +25,7 @@ from czii25d.runtimes.torch import TorchNetwork
 SHAPE, SPACING = (10, 14, 19), (13.0, 11.0, 7.5)
 CENTERS = np.stack(np.meshgrid(*(np.arange(n) * s for n, s in zip(SHAPE, SPACING, strict=True)), indexing="ij"), -1)
 MASK = np.random.default_rng(3).random(SHAPE) < 0.3
-ENDS = st.floats(-50, 200)
+ENDS = st.integers(-500, 2000).map(lambda tenths: tenths / 10 + 0.03)  # at no voxel
 
 
 def voxels(region: Region) -> np.ndarray:
@@ -41,17 +41,15 @@ def random_points(count: int, seed: int = 0) -> np.ndarray:
 # ---- which voxels, which points --------------------------------------------------------------------------------------
 
 
-@given(st.sampled_from("xyz"), ENDS, st.floats(1, 100))
-def test_a_range_holds_the_voxels_whose_centres_do(axis: str, low: float, length: float) -> None:
+@given(st.sampled_from("xyz"), ENDS, st.integers(1, 100))
+def test_a_range_holds_the_voxels_whose_centres_do(axis: str, low: float, length: int) -> None:
     along = CENTERS[..., "zyx".index(axis)]
     expected = (along >= low) & (along < low + length)
     if not expected.any():
         with pytest.raises(InputError, match=f"here: {axis}: expected a range within 0 to .*correct it"):
             Region.of(SHAPE, SPACING, {axis: (low, low + length)}, where="here")
         return
-    near_an_end = np.isclose(along, low, atol=1e-4) | np.isclose(along, low + length, atol=1e-4)
-    found = voxels(Region.of(SHAPE, SPACING, {axis: (low, low + length)}))
-    assert ((found == expected) | near_an_end).all()
+    np.testing.assert_array_equal(voxels(Region.of(SHAPE, SPACING, {axis: (low, low + length)})), expected)
 
 
 @given(st.sampled_from("xyz"), st.integers(1, 9), st.floats(1.0, 40.0), st.integers(0, 9))
@@ -103,7 +101,7 @@ def test_a_point_belongs_to_its_voxel_and_none_outside_is_used() -> None:
     np.testing.assert_array_equal(region.contains(points), expected)
 
 
-@settings(max_examples=30)
+@settings(max_examples=6)
 @given(st.floats(0, 45), st.integers(0, 99))
 def test_shrinking_and_nearness_say_the_same(margin: float, seed: int) -> None:
     """A voxel is in the shrunk region if its centre is not near what is outside, to within half a voxel."""
@@ -246,7 +244,7 @@ def test_a_table_of_every_kind_of_region(tmp_path: Path) -> None:
     np.save(tmp_path / "b.npy", MASK)
     (tmp_path / "regions.yaml").write_text(
         "TS_1: {y: [0, 80], z: [null, 60]}\nTS_2: {mask: masks/a.mrc, margin: 5}\n7: {}\n"
-        '"*": {polygon: [[0, 0], [140, 0], [0, 150]], avoid: b.npy, avoid_distance: 9}\n'
+        'others: {polygon: [[0, 0], [140, 0], [0, 150]], avoid: b.npy, avoid_distance: 9}\n'
     )
     table = read_regions(tmp_path / "regions.yaml")
     one, two, other = (table.select(run, SHAPE, SPACING) for run in ("TS_1", "TS_2", "TS_9"))

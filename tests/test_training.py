@@ -92,10 +92,11 @@ def test_regions_restrict_what_is_learned_and_judged(work: Path) -> None:
     for run in ("TS_5_4", "TS_69_2"):
         group = zarr.open_group(str(work / f"output/heatmaps/{run}.zarr"))
         recipe = dict(group.attrs["czii25d"])
-        far = {name: [row for row in rows if row[0] < 299] for name, rows in recipe["picks"].items()}
-        reaches = {name: 4 * recipe["sigma_angstrom"][name] for name in far}
-        more = {name: [*rows, [300 + reaches[name], 100.0, 90.0]] for name, rows in far.items()}
-        group.attrs["czii25d"] = {**recipe, "picks": more}
+        end = {name: 300 + 4 * sigma for name, sigma in recipe["sigma_angstrom"].items()}  # what lies beyond is not seen
+        near = {name: [row for row in rows if row[0] < end[name]] for name, rows in recipe["picks"].items()}
+        assert sum(map(len, near.values())) < 9
+        wrong = {name: [*rows, [end[name] + 5, 100.0, 90.0]] for name, rows in near.items()}
+        group.attrs["czii25d"] = {**recipe, "picks": wrong}
     train(compose(*base, "resume=false"))
     after = weights(work / "saved_models/tiny/last.ckpt")
     assert all(torch.equal(before[key], after[key]) for key in before)
@@ -104,7 +105,7 @@ def test_regions_restrict_what_is_learned_and_judged(work: Path) -> None:
         before["model.segmentation_head.weight"],
         weights(work / "saved_models/tiny/last.ckpt")["model.segmentation_head.weight"],
     )
-    with pytest.raises(InputError, match="TS_5_4.*a region with a voxel beyond its margin"):
+    with pytest.raises(InputError, match=r"TS_5_4.*a region with a voxel beyond its margin"):
         train(compose("regions={TS_5_4: {y: [0, 60], margin: 60}}", "resume=false", "data.fold_id=TS_6_4"))
 
 

@@ -1,12 +1,12 @@
 """The table that says which part of which tomogram is used: ``regions.yaml``.
 
-By run, or ``"*"`` for those that are not named, any of these; what is absent does not limit:
+By run, or ``others`` for those that are not named, any of these; what is absent does not limit:
 
 ```yaml
 TS_1: {y: [0, 4014.08]}                                  # ranges of x, y, z in angstrom; null: no end
 TS_2: {polygon: [[500, 400], [5200, 900], [3100, 5600]], z: [300, 1500]}   # corners x, y in angstrom
 TS_3: {mask: masks/TS_3.mrc, margin: 100}                # not 0: used. margin: angstrom left out at borders and faces
-"*": {margin: 50, avoid: membranes/TS_4.mrc, avoid_distance: 80}           # no picks in, or that near to, a structure
+others: {margin: 50, avoid: membranes/TS_4.mrc, avoid_distance: 80}           # no picks in, or that near to, a structure
 ```
 
 JSON, which is YAML too, does as well.
@@ -29,7 +29,7 @@ from czii25d.errors import InputError, did_you_mean
 from czii25d.geometry import Shape3D, Spacing3D
 from czii25d.regions import AXES, Region, Selection
 
-OTHER_RUNS = "*"
+OTHER_RUNS = "others"
 LIMITS = (*AXES, "polygon", "mask")  # what chooses voxels; the other keys only drop picks
 KEYS = (*LIMITS, "margin", "avoid", "avoid_distance")
 Entry = Mapping[str, Any]
@@ -42,7 +42,7 @@ class RegionTable:
     Parameters
     ----------
     entries
-        By run, or ``"*"``; checked by `read_regions`.
+        By run, or ``others``; checked by `read_regions`.
     where
         The file, for messages.
     folder
