@@ -173,7 +173,7 @@ class Picker:
         table = RegionTable({} if region is None else {name: check_entry(region, "region")}, "region")
         selection = table.select(name, volume.shape, volume.voxel_spacing)
         options, offset = self._groups[0].options, self._plan.card.offset_voxel
-        wanted = selection and tiles_of_region(selection.region, self.particles, options, volume.voxel_spacing)
+        wanted = tiles_of_region(selection, self.particles, options, volume.voxel_spacing)
         slabs = predict_groups(name, volume, self._groups, len(self.particles), progress, wanted)
         picks = pick_slabs(slabs, self.particles, options, volume.voxel_spacing, offset).assign(run=name)
         picks = keep_selected(picks, selection, name)

@@ -1,7 +1,7 @@
 """Regions: which voxels of a tomogram are used, to train on and to pick in.
 
 A region is a set of voxels: those whose centres lie in a box, in a polygon and in a mask, as far as these are given. A
-point belongs to the region if the voxel it lies in does, so that two ranges that share an end share no voxel and no
+point belongs to the region if the voxel nearest to it does, so that two ranges that share an end share no voxel and no
 point, and what is trained on and what is picked are told apart by the same rule.
 """
 
@@ -87,7 +87,10 @@ class Region:
         plane = np.zeros(shape[1:], bool)
         plane[kept[1], kept[2]] = True
         if polygon is not None:
-            y, x = (np.arange(size) * side for size, side in zip(shape[1:], voxel_spacing[1:], strict=True))
+            y, x = (
+                np.arange(size, dtype=np.float64) * side
+                for size, side in zip(shape[1:], voxel_spacing[1:], strict=True)
+            )
             inside = _in_polygon(np.asarray(polygon, np.float64), y, x)
             if not inside.any():
                 expected = f"a polygon within x 0 to {x[-1]:.0f} and y 0 to {y[-1]:.0f} angstrom"
@@ -125,9 +128,9 @@ class Region:
         return used if self.mask is None else used & (np.asarray(self.mask[z, y, x]) != 0)
 
     def contains(self, locations_xyz_angstrom: ArrayLike) -> NDArray[np.bool_]:
-        """Return ``(N,)``: whether the voxels in which ``(N, 3)`` points lie are used."""
+        """Return ``(N,)``: whether the tomogram's voxels that are nearest to ``(N, 3)`` points are used."""
         centers = xyz_angstrom_to_zyx_voxel(locations_xyz_angstrom, self.voxel_spacing)
-        z, y, x = np.floor(centers + 0.5).astype(int).T
+        z, y, x = np.clip(np.floor(centers + 0.5).astype(int), 0, np.subtract(self.shape, 1)).T
         return self.lookup(z, y, x)
 
     def overlaps(self, low_zyx_angstrom: ArrayLike, high_zyx_angstrom: ArrayLike) -> bool:
@@ -278,7 +281,7 @@ def _voxel_range(
     return slice(max(first, 0), min(stop, size))
 
 
-def _in_polygon(corners_xy: NDArray[np.float64], y: NDArray[np.float64], x: NDArray[np.float64]) -> NDArray[np.bool_]:
+def _in_polygon(corners_xy: NDArray[np.float64], y: NDArray[np.floating], x: NDArray[np.floating]) -> NDArray[np.bool_]:
     """Return ``(H, W)`` by the even-odd rule (Shimrat 1962, doi:10.1145/368637.368653)."""
     inside = np.zeros((len(y), len(x)), bool)
     for (x0, y0), (x1, y1) in zip(np.roll(corners_xy, 1, axis=0), corners_xy, strict=True):

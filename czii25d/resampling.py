@@ -7,6 +7,7 @@ coarser voxels it is as much wider as these are: what they cannot hold is filter
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Iterator
 
@@ -53,25 +54,23 @@ def resample_planes(
         ``(H, W)`` of `resampled_shape`, float32.
     """
     depth, _, _ = shape
-    along_z, along_y, along_x = (
-        _filter(*axis) for axis in zip(shape, resampled_shape(shape, old, new), old, new, strict=True)
-    )
+    new_shape = resampled_shape(shape, old, new)
+    along_z, along_y, along_x = (_filter(*axis) for axis in zip(shape, new_shape, old, new, strict=True))
+    rows = [slice(*ends) for ends in itertools.pairwise(along_z.indptr)]
     # Mirrored rows reach back, so what is still needed is not simply what lies ahead.
-    lowest = [int(along_z[row].indices.min()) for row in range(along_z.shape[0])]
-    needed_from = np.minimum.accumulate(lowest[::-1])[::-1]
+    needed_from = np.minimum.accumulate([along_z.indices[row].min() for row in rows][::-1])[::-1]
     kept: dict[int, NDArray[np.float32]] = {}
     read = 0
-    for row, first in enumerate(needed_from):
-        taps = along_z[row]
-        while read <= taps.indices.max():
+    for row, first in zip(rows, needed_from, strict=True):
+        while read <= along_z.indices[row].max():
             block = planes(read, min(read + READ_AT_ONCE, depth))
             for plane in block:
                 kept[read] = (along_x @ (along_y @ plane).T).T
                 read += 1
         for z in [z for z in kept if z < first]:
             del kept[z]
-        total = np.zeros(resampled_shape(shape, old, new)[1:], np.float32)
-        for z, weight in zip(taps.indices, taps.data, strict=True):
+        total = np.zeros(new_shape[1:], np.float32)
+        for z, weight in zip(along_z.indices[row], along_z.data[row], strict=True):
             total += weight * kept[z]
         yield total
 

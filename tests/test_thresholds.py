@@ -424,7 +424,7 @@ def test_truth_and_picks_outside_the_regions_do_not_count(work: Path) -> None:
         assert all(row["hits"] <= row["references"] for row in report["particles"].values())
     solution = read_picks_csv("output/solution.csv")
     volume = open_volume(next(Path("output/volumes/train").iterdir()))
-    index = np.floor(solution["z"] / volume.voxel_spacing[0] + 0.5)
+    index = np.floor(solution["z"] / volume.voxel_spacing[0] + 0.5).clip(0, None)
     inside = solution[index * volume.voxel_spacing[0] >= 80]
     counts = inside["particle"].value_counts().to_dict()
     assert {name: row["references"] for name, row in region["particles"].items()} == counts

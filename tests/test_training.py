@@ -92,7 +92,9 @@ def test_regions_restrict_what_is_learned_and_judged(work: Path) -> None:
     for run in ("TS_5_4", "TS_69_2"):
         group = zarr.open_group(str(work / f"output/heatmaps/{run}.zarr"))
         recipe = dict(group.attrs["czii25d"])
-        end = {name: 300 + 4 * sigma for name, sigma in recipe["sigma_angstrom"].items()}  # what lies beyond is not seen
+        end = {
+            name: 300 + 4 * sigma for name, sigma in recipe["sigma_angstrom"].items()
+        }  # what lies beyond is not seen
         near = {name: [row for row in rows if row[0] < end[name]] for name, rows in recipe["picks"].items()}
         assert sum(map(len, near.values())) < 9
         wrong = {name: [*rows, [end[name] + 5, 100.0, 90.0]] for name, rows in near.items()}

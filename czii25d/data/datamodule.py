@@ -134,7 +134,7 @@ class TomogramDataModule(L.LightningDataModule):
         ]
         self.held_out_selections = selections[len(train) :]
         labelled = [
-            selection and _labelled(selection, volume.name)
+            None if selection is None else _labelled(selection, volume.name)
             for selection, (volume, _) in zip(selections, train, strict=False)
         ]
         self.is_partly_labelled = any(region is not None for region in labelled)

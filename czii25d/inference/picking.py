@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from czii25d.inference.ensemble import Predictor
     from czii25d.inference.options import InferenceOptions
     from czii25d.particles import ParticleSet
-    from czii25d.regions import Region
+    from czii25d.regions import Selection
 
 BEYOND = 4  # voxels: a pick is up to 1.5 from its voxel by refinement and offset, which must differ from those about it
 
@@ -79,9 +79,9 @@ def pick_volume(
 
 
 def tiles_of_region(
-    region: Region, particles: ParticleSet, options: InferenceOptions, voxel_spacing: Spacing3D
-) -> Wanted:
-    """Tell which tiles are needed for the picks in a region to be those of the whole tomogram.
+    selection: Selection | None, particles: ParticleSet, options: InferenceOptions, voxel_spacing: Spacing3D
+) -> Wanted | None:
+    """Tell which tiles are needed for the picks in a region to be those of the whole tomogram; ``None``: all.
 
     Those that touch the region, and those in which a peak could lie that suppresses one in the region.
 
@@ -90,7 +90,9 @@ def tiles_of_region(
     voxel_spacing
         Angstrom per voxel along z, y, x of what is predicted; the region may have another.
     """
-    reach = options.nms_radius_voxel(particles, voxel_spacing).max(0) + BEYOND
+    if selection is None:
+        return None
+    region, reach = selection.region, options.nms_radius_voxel(particles, voxel_spacing).max(0) + BEYOND
 
     def wanted(start: Shape3D, stop: Shape3D) -> bool:
         return region.overlaps((start - reach) * voxel_spacing, (np.array(stop) - 1 + reach) * voxel_spacing)

@@ -450,7 +450,7 @@ def pick_run(plan: Plan, source: Source, volume: Volume, outcome: Outcome, progr
     clocked = ClockedPlanes(volume)
     options = plan.groups[0].options
     selection = plan.regions.select(source.name, volume.shape, volume.voxel_spacing)
-    wanted = selection and tiles_of_region(selection.region, plan.particles, options, volume.voxel_spacing)
+    wanted = tiles_of_region(selection, plan.particles, options, volume.voxel_spacing)
     heatmaps = predict_groups(source.name, clocked, plan.groups, len(plan.particles), watch, wanted)
     slabs = timed_slabs(heatmaps, outcome)
     begin = time.perf_counter()

@@ -147,7 +147,7 @@ class HeatmapModule(L.LightningModule):
             self.judged_model, self.device
         )  # in the precision of the trainer, whose autocast is on
         selection, spacing = self.selections[position], volume.voxel_spacing
-        wanted = selection and tiles_of_region(selection.region, self.particles, self.options, spacing)
+        wanted = tiles_of_region(selection, self.particles, self.options, spacing)
         picks = pick_volume(
             volume, predictor, self.particles, self.options, spacing, self.card.offset_voxel, wanted=wanted
         )
