@@ -146,7 +146,7 @@ class TomogramDataModule(L.LightningDataModule):
                     f"run {target.run}",
                     f"the voxel spacing of the other runs, {self.voxel_spacing} angstrom",
                     f"{volume.voxel_spacing}",
-                    "bring the tomograms to one spacing",
+                    "bring them to one: 01_create_dataset.py resample_to=ANGSTROM, then 02_create_mask.py",
                 )
         self.dataset = TileDataset(
             [volume for volume, _ in train],

@@ -13,11 +13,12 @@ from numpy.typing import NDArray
 from czii25d.contrast import Contrast, contrast_of, protein_skewness
 from czii25d.data.tomogram import Tomogram, describe_source, read_volume
 from czii25d.errors import InputError
-from czii25d.geometry import Shape3D, Spacing3D
+from czii25d.geometry import Shape3D, Spacing3D, spacing_text
 from czii25d.resampling import is_same_spacing, resample_planes, resampled_shape
 
 logger = logging.getLogger(__name__)
 
+VOLUME_CONTRAST: Contrast = "dark"  # of protein in every volume
 GivenContrast = Literal["dark", "bright", "auto"]
 
 
@@ -48,8 +49,8 @@ class Preparation:
     """
 
     fill_missing_chunks: bool = False
-    contrast: GivenContrast = "dark"
-    wanted_contrast: Contrast = "dark"
+    contrast: GivenContrast = VOLUME_CONTRAST
+    wanted_contrast: Contrast = VOLUME_CONTRAST
     voxel_spacing: Spacing3D | None = None
 
     def __post_init__(self) -> None:
@@ -90,9 +91,8 @@ class Preparation:
         if not self._resamples(tomogram):
             return volume, tomogram.voxel_spacing
         assert self.voxel_spacing is not None
-        return resample(
-            lambda start, stop: volume[start:stop], volume.shape, tomogram.voxel_spacing, self.voxel_spacing, room
-        ), self.voxel_spacing
+        old, new = tomogram.voxel_spacing, self.voxel_spacing
+        return resample(lambda start, stop: volume[start:stop], tomogram.shape, old, new, run, room), new
 
     def _resamples(self, tomogram: Tomogram) -> bool:
         return self.voxel_spacing is not None and not is_same_spacing(tomogram.voxel_spacing, self.voxel_spacing)
@@ -123,9 +123,11 @@ def resample(
     shape: Shape3D,
     old: Spacing3D,
     new: Spacing3D,
+    run: str,
     room: Callable[[Shape3D], NDArray[np.float32]] = empty,
 ) -> NDArray[np.float32]:
-    """Return a resampled volume, see `czii25d.resampling.resample_planes`; ``room`` makes the array for it."""
+    """Return a resampled volume, and say so; see `czii25d.resampling.resample_planes` and `Preparation.read`."""
+    logger.info("run %s: resampled from %s to %s", run, *map(spacing_text, (old, new)))
     resampled = room(resampled_shape(shape, old, new))
     for place, plane in zip(resampled, resample_planes(planes, shape, old, new), strict=True):
         place[...] = plane

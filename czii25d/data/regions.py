@@ -6,7 +6,7 @@ By run, or ``others`` for those that are not named, any of these; what is absent
 TS_1: {y: [0, 4014.08]}                                  # ranges of x, y, z in angstrom; null: no end
 TS_2: {polygon: [[500, 400], [5200, 900], [3100, 5600]], z: [300, 1500]}   # corners x, y in angstrom
 TS_3: {mask: masks/TS_3.mrc, margin: 100}                # not 0: used. margin: angstrom left out at borders and faces
-others: {margin: 50, avoid: membranes/TS_4.mrc, avoid_distance: 80}           # no picks in, or that near to, a structure
+others: {margin: 50, avoid: membranes/TS_4.mrc, avoid_distance: 80}        # no picks in, or that near to, a structure
 ```
 
 JSON, which is YAML too, does as well.

@@ -15,7 +15,7 @@ import time
 import traceback
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -32,8 +32,9 @@ from rich.table import Table
 from torch import Tensor
 
 from czii25d.data.heatmaps import HeatmapWriter
+from czii25d.data.preparation import VOLUME_CONTRAST, Preparation
 from czii25d.data.runs import Run
-from czii25d.data.tomogram import describe_source, open_tomogram
+from czii25d.data.tomogram import open_tomogram
 from czii25d.data.volumes import Volume, open_volume, read_meta
 from czii25d.errors import InputError, did_you_mean
 from czii25d.files import write_aside
@@ -43,12 +44,11 @@ from czii25d.inference.ahead import ahead
 from czii25d.particles import ParticleSet
 from czii25d.picks import concat_picks, read_picks_csv, write_scored_picks_csv, write_submission_csv
 from czii25d.pipeline.app import check_value_types, keep_freed_memory, leaves, load_config, set_up_logging
-from czii25d.pipeline.dataset import create_volume, find_input
+from czii25d.pipeline.dataset import convert_volume, create_volume, find_input
 from czii25d.pipeline.members import (
     Group,
     NetworkFile,
     agree,
-    check_spacing,
     choose_device,
     choose_runtime,
     choose_thresholds,
@@ -59,6 +59,7 @@ from czii25d.pipeline.members import (
     open_network_file,
     predict_groups,
     prepare_graph,
+    spacing_to_predict,
     tile_of,
 )
 from czii25d.pipeline.regions import keep_selected, regions_key
@@ -113,13 +114,12 @@ class Source:
     folder: Path | None = None
     run: Run | None = None
 
-    @property
-    def identity(self) -> Any:
-        """What tells its content from another's; the same for a tomogram and the volume made of it."""
+    def identity(self, preparation: Preparation) -> Any:
+        """Return what tells its content from another's; the same for a tomogram and the volume made of it."""
         if self.folder is not None:
             return read_meta(self.folder)["source"]
         assert self.run is not None
-        return describe_source(open_tomogram(self.run.tomogram, self.run.voxel_spacing))
+        return preparation.describe(open_tomogram(self.run.tomogram, self.run.voxel_spacing))
 
     @property
     def grid(self) -> tuple[Shape3D, Spacing3D]:
@@ -154,6 +154,13 @@ def find_sources(cfg: DictConfig) -> list[Source]:
             ) from None
     if not found:
         raise InputError(split, "volumes", "none", "run 01_create_dataset.py first, or choose another split")
+    if found is volumes and cfg.contrast != VOLUME_CONTRAST:
+        raise InputError(
+            "key contrast",
+            f"{VOLUME_CONTRAST}, as protein is in all volumes that 01_create_dataset.py makes",
+            repr(cfg.contrast),
+            "give it to 01_create_dataset.py, or set source=tomograms",
+        )
     given = cfg.runs
     wanted = list(found) if given is None else [given] if isinstance(given, str) else [str(name) for name in given]
     for name in wanted:
@@ -196,6 +203,7 @@ class Plan:
         self.particles = ParticleSet.from_config(self.card.particles)
         self.thresholds = choose_thresholds(cfg.thresholds, [file.card for file in self.files], self.particles)
         self.regions = regions_key(cfg.regions)
+        self.preparation = Preparation(cfg.fill_missing_chunks, cfg.contrast, self.card.contrast)
         self.results, self.cache = Path(cfg.predictions), Path(cfg.paths.output) / "onnx"
         lowest = min(self.thresholds, key=self.thresholds.__getitem__)
         if self.thresholds[lowest] < cfg.infer.floor:
@@ -236,7 +244,8 @@ class Plan:
     def part(self, source: Source) -> Path:
         """Return the file for the picks of a run."""
         limits = self.regions.limits(source.name)  # only what is outside them is not predicted
-        recipe = self.recipe | {"source": source.identity} | ({"region": limits} if limits else {})
+        identity = source.identity(self.preparation)
+        recipe = self.recipe | {"source": identity} | ({"region": limits} if limits else {})
         key = json.dumps(recipe, sort_keys=True, default=str)
         return self.results / "runs" / f"{source.name}.{hashlib.sha256(key.encode()).hexdigest()[:12]}.csv"
 
@@ -422,22 +431,24 @@ def pick_sources(plan: Plan, todo: Iterable[Source], progress: Any) -> Iterator[
         if volume is not None:
             with _caught(outcome):
                 pick_run(plan, source, volume, outcome, progress)
-            if source.folder is None:
+            if volume.folder.is_relative_to(scratch):
                 shutil.rmtree(volume.folder)
         yield outcome
 
 
 def open_source(plan: Plan, source: Source, scratch: Path) -> Volume:
-    """Return the volume of a run, made in ``scratch`` if 01 has not made it; its voxels fit the networks."""
-    if source.folder is not None:
-        volume = open_volume(source.folder, plan.card.normalization)
+    """Return the volume of a run as the networks know volumes; what 01 has not made so is made in ``scratch``."""
+    _, own = source.grid
+    spacing = spacing_to_predict(source.name, own, [file.card for file in plan.files], plan.infer)
+    folder = scratch / source.name
+    if source.run is not None:
+        create_volume(source.run, folder, replace(plan.preparation, voxel_spacing=spacing))
     else:
-        assert source.run is not None
-        folder = scratch / source.name
-        create_volume(source.run, folder, 0, plan.cfg.fill_missing_chunks)
-        volume = open_volume(folder, plan.card.normalization)
-    check_spacing(source.name, volume.voxel_spacing, [file.card for file in plan.files])
-    return volume
+        assert source.folder is not None
+        if spacing is None and plan.card.contrast == VOLUME_CONTRAST:
+            return open_volume(source.folder, plan.card.normalization)
+        convert_volume(open_volume(source.folder), folder, spacing or own, plan.card.contrast)
+    return open_volume(folder, plan.card.normalization)
 
 
 def pick_run(plan: Plan, source: Source, volume: Volume, outcome: Outcome, progress: Any) -> None:
@@ -449,7 +460,7 @@ def pick_run(plan: Plan, source: Source, volume: Volume, outcome: Outcome, progr
 
     clocked = ClockedPlanes(volume)
     options = plan.groups[0].options
-    selection = plan.regions.select(source.name, volume.shape, volume.voxel_spacing)
+    selection = plan.regions.select(source.name, *source.grid)
     wanted = tiles_of_region(selection, plan.particles, options, volume.voxel_spacing)
     heatmaps = predict_groups(source.name, clocked, plan.groups, len(plan.particles), watch, wanted)
     slabs = timed_slabs(heatmaps, outcome)
