@@ -23,8 +23,9 @@ from czii25d.geometry import Spacing3D
 from czii25d.inference import pick_slabs
 from czii25d.inference.sliding import Progress
 from czii25d.particles import ParticleSet
+from czii25d.picks import above_thresholds
 from czii25d.pipeline.members import check_spacing, predict_groups
-from czii25d.pipeline.predict import Plan, above_thresholds, compose_plan
+from czii25d.pipeline.predict import Plan, compose_plan
 
 AnyPath: TypeAlias = str | PathLike[str]
 

@@ -40,7 +40,7 @@ from czii25d.files import write_aside
 from czii25d.inference import pick_slabs
 from czii25d.inference.ahead import ahead
 from czii25d.particles import ParticleSet
-from czii25d.picks import concat_picks, read_picks_csv, write_scored_picks_csv, write_submission_csv
+from czii25d.picks import above_thresholds, concat_picks, read_picks_csv, write_scored_picks_csv, write_submission_csv
 from czii25d.pipeline.app import check_value_types, keep_freed_memory, leaves, load_config, set_up_logging
 from czii25d.pipeline.dataset import create_volume, find_input
 from czii25d.pipeline.members import (
@@ -60,12 +60,12 @@ from czii25d.pipeline.members import (
     prepare_graph,
     tile_of,
 )
+from czii25d.pipeline.predictions import STAGES, Effort, PredictedRun, read_effort, write_effort, write_record
 from czii25d.runtimes.torch import TorchNetwork
 
 logger = logging.getLogger(__name__)
 
 SOURCES = ("auto", "volumes", "tomograms")
-STAGES = ("read", "predict", "peaks", "write")
 
 
 def predict(cfg: DictConfig) -> pd.DataFrame:
@@ -89,7 +89,7 @@ def predict(cfg: DictConfig) -> pd.DataFrame:
     others = [source.name for source in sources if source.name not in done | picked.failed]
     kept = pd.DataFrame()
     if done and not others:  # of several shards, the last one collects what all have found
-        kept = collect(plan, list(done.values()))
+        kept = collect(plan, sources, done)
     Console(stderr=True).print(as_rich_table(mine, picked.outcomes, done, plan.thresholds))
     if others:
         logger.info(
@@ -416,6 +416,7 @@ def pick_run(plan: Plan, source: Source, volume: Volume, outcome: Outcome, progr
         write_scored_picks_csv(plan.part(source), picks.assign(run=source.name))
     outcome.seconds["read"] += clocked.seconds
     outcome.memory_gb = peak_memory_gb()
+    write_effort(plan.part(source), Effort(outcome.seconds, outcome.tiles, outcome.memory_gb))
 
 
 class ClockedPlanes:
@@ -458,14 +459,18 @@ def heatmaps_kept(plan: Plan, source: Source, volume: Volume, slabs: Iterator[Te
         yield writer.keep(slabs)
 
 
-def collect(plan: Plan, parts: Sequence[Path]) -> pd.DataFrame:
-    """Write what was found in all runs as one, and return the picks above their thresholds."""
-    frames = [read_picks_csv(part, scored=True) for part in parts]
+def collect(plan: Plan, sources: Sequence[Source], parts: Mapping[str, Path]) -> pd.DataFrame:
+    """Write what was found in all runs as one, and what is known of it; return the picks above their thresholds."""
+    found = [source for source in sources if source.name in parts]
+    frames = [read_picks_csv(parts[source.name], scored=True) for source in found]
     scored = concat_picks(frames, scored=True)
     kept = above_thresholds(scored, plan.thresholds)
     with _one_at_a_time(plan.results):
         write_scored_picks_csv(plan.results / "scored_picks.csv", scored)
         write_submission_csv(plan.results / "submission.csv", kept)
+        predicted = [predicted_run(source, read_effort(parts[source.name])) for source in found]
+        networks = [str(file.path) for file in plan.files]
+        write_record(plan.results, plan.particles, plan.thresholds, networks, predicted)
     logger.info(
         "%d picks in %s, all %d with scores in scored_picks.csv",
         *(len(kept), plan.results / "submission.csv", len(scored)),
@@ -473,9 +478,12 @@ def collect(plan: Plan, parts: Sequence[Path]) -> pd.DataFrame:
     return kept
 
 
-def above_thresholds(picks: pd.DataFrame, thresholds: Mapping[str, float]) -> pd.DataFrame:
-    """Return the scored picks that reach the thresholds of their particles."""
-    return picks[picks["score"].to_numpy() >= picks["particle"].map(thresholds).to_numpy(float)]
+def predicted_run(source: Source, effort: Effort | None) -> PredictedRun:
+    """Return what the record keeps of a run."""
+    if source.folder is not None:
+        return PredictedRun(source.name, source.folder, effort=effort)
+    assert source.run is not None
+    return PredictedRun(source.name, None, source.run.tomogram, source.run.voxel_spacing, effort)
 
 
 @contextmanager

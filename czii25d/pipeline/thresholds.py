@@ -28,6 +28,7 @@ from czii25d.picks import concat_picks, read_picks_csv, write_scored_picks_csv
 from czii25d.pipeline.app import keep_freed_memory
 from czii25d.pipeline.members import ENGINE_SUFFIX, GRAPH_SUFFIX, NetworkFile, agree, find_network_files
 from czii25d.pipeline.predict import Plan, Source, find_sources, pick_missing, refuse_failed
+from czii25d.pipeline.predictions import effort_path
 from czii25d.plotting import plot_thresholds
 from czii25d.thresholds import CrossFit, bootstrap, cross_fit
 
@@ -300,7 +301,8 @@ def store(folds: Sequence[Fold], paths: Sequence[Path], fitted: CrossFit) -> Non
         plan = Plan(fold.plan.cfg)
         for source, old in zip(fold.sources, parts, strict=True):
             new = plan.part(source)
-            if new != old:
-                with suppress(FileNotFoundError):
-                    os.replace(old, new)
+            for before_storing, after in ((old, new), (effort_path(old), effort_path(new))):
+                if after != before_storing:
+                    with suppress(FileNotFoundError):
+                        os.replace(before_storing, after)
     logger.info("stored the thresholds in %s", ", ".join(map(str, paths)))

@@ -19,7 +19,7 @@ from czii25d.losses import Loss, Mixer
 from czii25d.metrics import evaluate, fit_thresholds
 from czii25d.models.checkpoint import ModelCard
 from czii25d.particles import ParticleSet
-from czii25d.picks import empty_picks
+from czii25d.picks import above_thresholds, empty_picks
 from czii25d.runtimes.torch import TorchNetwork
 from czii25d.thresholds import ranked_fbeta
 
@@ -173,7 +173,7 @@ class HeatmapModule(L.LightningModule):
         self.log_dict({key: float(value) for key, value in values.items()}, rank_zero_only=False)
 
     def _evaluate(self, solution: pd.DataFrame, picks: pd.DataFrame, thresholds: dict[str, float]) -> pd.DataFrame:
-        kept = picks[picks["score"].to_numpy() >= picks["particle"].map(thresholds).to_numpy(float)]
+        kept = above_thresholds(picks, thresholds)
         return evaluate(solution, kept if len(kept) else empty_picks(), particles=self.particles)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
