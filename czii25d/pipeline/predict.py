@@ -60,7 +60,7 @@ from czii25d.pipeline.members import (
     prepare_graph,
     tile_of,
 )
-from czii25d.pipeline.predictions import STAGES, Effort, PredictedRun, read_effort, write_effort, write_record
+from czii25d.data.predictions import STAGES, Effort, PredictedRun, read_effort, write_effort, write_record
 from czii25d.runtimes.torch import TorchNetwork
 
 logger = logging.getLogger(__name__)

@@ -28,7 +28,7 @@ from czii25d.picks import concat_picks, read_picks_csv, write_scored_picks_csv
 from czii25d.pipeline.app import keep_freed_memory
 from czii25d.pipeline.members import ENGINE_SUFFIX, GRAPH_SUFFIX, NetworkFile, agree, find_network_files
 from czii25d.pipeline.predict import Plan, Source, find_sources, pick_missing, refuse_failed
-from czii25d.pipeline.predictions import effort_path
+from czii25d.data.predictions import effort_path
 from czii25d.plotting import plot_thresholds
 from czii25d.thresholds import CrossFit, bootstrap, cross_fit
 

@@ -77,6 +77,8 @@ class HeatmapModule(L.LightningModule):
         self.freeze_backbone_epochs, self.seed = freeze_backbone_epochs, seed
         self.particles = ParticleSet.from_config(card.particles)
         self._picks: list[tuple[int, pd.DataFrame]] = []
+        self.judged_picks: pd.DataFrame | None = None  # of the last validation, with scores, and what they were
+        self.solution: pd.DataFrame | None = None  # judged by
         self._averaged_step = 0
 
     @property
@@ -166,6 +168,7 @@ class HeatmapModule(L.LightningModule):
         thresholds = fit_thresholds(solution, picks, self.particles).thresholds
         self.card = replace(self.card, thresholds=thresholds)
         self.table = self._evaluate(solution, picks, thresholds)
+        self.judged_picks, self.solution = picks, solution
         values = {f"val/fbeta/{name}": self.table["fbeta"][name] for name in self.particles.names}
         values["val/fbeta"] = self.table["fbeta"]["total"]
         values["val/fbeta_fixed"] = self._evaluate(solution, picks, before)["fbeta"]["total"]

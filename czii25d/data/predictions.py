@@ -190,7 +190,8 @@ def write_record(
     """Write ``prediction.json``. Paths in it start at ``folder``, so that all may be moved together."""
 
     def relative(path: Path | None) -> str | None:
-        return None if path is None else os.path.relpath(path.resolve(), folder.resolve())
+        # not resolved: what a link points to may lie elsewhere tomorrow
+        return None if path is None else os.path.relpath(path, folder)
 
     content = {
         "format_version": FORMAT_VERSION,
