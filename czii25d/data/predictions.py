@@ -190,8 +190,8 @@ def write_record(
     """Write ``prediction.json``. Paths in it start at ``folder``, so that all may be moved together."""
 
     def relative(path: Path | None) -> str | None:
-        # not resolved: what a link points to may lie elsewhere tomorrow
-        return None if path is None else os.path.relpath(path, folder)
+        # resolved: from a folder that is a link, ".." leads to where it points
+        return None if path is None else os.path.relpath(path.resolve(), folder.resolve())
 
     content = {
         "format_version": FORMAT_VERSION,

@@ -32,6 +32,7 @@ from rich.table import Table
 from torch import Tensor
 
 from czii25d.data.heatmaps import HeatmapWriter
+from czii25d.data.predictions import STAGES, Effort, PredictedRun, read_effort, write_effort, write_record
 from czii25d.data.runs import Run
 from czii25d.data.tomogram import describe_source, open_tomogram
 from czii25d.data.volumes import Volume, open_volume, read_meta
@@ -60,7 +61,6 @@ from czii25d.pipeline.members import (
     prepare_graph,
     tile_of,
 )
-from czii25d.data.predictions import STAGES, Effort, PredictedRun, read_effort, write_effort, write_record
 from czii25d.runtimes.torch import TorchNetwork
 
 logger = logging.getLogger(__name__)

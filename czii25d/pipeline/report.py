@@ -399,7 +399,7 @@ def run_card(album: Album, chosen: Chosen, run: PredictedRun, volume: Slices) ->
     kept = chosen.kept[chosen.kept["run"] == run.name]
     truth = chosen.solution[chosen.solution["run"] == run.name] if run.name in chosen.judged else None
     depth, height, width = volume.shape
-    dz, dy, dx = volume.voxel_spacing
+    dz, _, dx = volume.voxel_spacing
     fullest = fullest_slice(kept, chosen.particles, volume.voxel_spacing, depth)
     slices = {depth // 2: ["central slice"]}
     slices.setdefault(fullest, []).append("slice with most picks")

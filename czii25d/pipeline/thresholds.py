@@ -19,6 +19,7 @@ from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 from rich.table import Table
 
+from czii25d.data.predictions import effort_path
 from czii25d.errors import InputError, did_you_mean
 from czii25d.files import write_aside
 from czii25d.metrics import DEFAULT_THRESHOLD, PLATEAU
@@ -28,7 +29,6 @@ from czii25d.picks import concat_picks, read_picks_csv, write_scored_picks_csv
 from czii25d.pipeline.app import keep_freed_memory
 from czii25d.pipeline.members import ENGINE_SUFFIX, GRAPH_SUFFIX, NetworkFile, agree, find_network_files
 from czii25d.pipeline.predict import Plan, Source, find_sources, pick_missing, refuse_failed
-from czii25d.data.predictions import effort_path
 from czii25d.plotting import plot_thresholds
 from czii25d.thresholds import CrossFit, bootstrap, cross_fit
 
