@@ -13,9 +13,9 @@ from test_report import FOUND, PARTICLES, SHAPE, SPACING, THRESHOLDS, plant
 from czii25d.data.predictions import PredictedRun, read_predictions, write_record
 from czii25d.data.targets import create_heatmap_array
 from czii25d.errors import InputError
+from czii25d.picks import make_picks
 from czii25d.pipeline.app import load_config, translate_runs
 from czii25d.pipeline.view import Layer, run_layers, view
-from czii25d.picks import make_picks
 
 
 @pytest.fixture
