@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from matplotlib.ticker import MaxNLocator
+from matplotlib.colors import to_rgb
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
 from czii25d.plotting import LIGHT, STROKE, outline_marker, saved_figure
 
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
 
     from czii25d.particles import Particle, ParticleSet
 
-_SIZE = (3.6, 2.3)  # inches
+_SIZE = (3.1, 2.0)  # inches
 _BINS = 40
 _GRAY = "#8a9099"  # legible on both papers
 _STYLES = ("-", "--", ":")
@@ -47,17 +48,18 @@ def plot_scores(
     edges = np.linspace(min(0.0, scores.min(initial=0)), max(1.0, scores.max(initial=1)), _BINS + 1)
     kinds = {"picks": scores}
     if is_near is not None:
-        kinds = {"near no true particle": scores[~is_near], "near a true one": scores[is_near]}
+        kinds = {"false": scores[~is_near], "true": scores[is_near]}
     with saved_figure(path, _SIZE, theme) as figure:
         ax = _axes(figure.subplots(), "score", "picks")
         for (label, values), color in zip(kinds.items(), [_GRAY, particle.color][-len(kinds) :], strict=True):
-            style = {"histtype": "stepfilled", "fc": f"{color}66", "ec": color, "lw": 1.3}
+            edge = 0.7 * np.array(to_rgb(color)) + 0.3 * np.array(to_rgb(ax.xaxis.label.get_color()))
+            style = {"histtype": "stepfilled", "fc": f"{color}66", "ec": edge, "lw": 1.3}
             ax.hist(values, edges, label=label, hatch="////" if color == _GRAY else None, **style)
         ax.set_yscale("log")
         ax.set_ylim(0.7, None if len(scores) else 10)
         ax.set_xlim(edges[0], edges[-1])
-        ax.axvline(threshold, color=ax.xaxis.label.get_color(), lw=1.2, ls="--", label=f"threshold {threshold:.2f}")
-        ax.legend(fontsize=8, frameon=False, loc="upper right")
+        ax.axvline(threshold, color=ax.xaxis.label.get_color(), lw=1.2, ls="--", label="threshold")
+        _legend_above(ax)
 
 
 def plot_precision_recall(
@@ -89,8 +91,8 @@ def plot_precision_recall(
             style: dict[str, Any] = {"marker": outline_marker(channel), "mfc": particle.color}
             at = recall[kept[-1]], precision[kept[-1]]
             ink = ax.xaxis.label.get_color()
-            ax.plot(*at, ls="", mec=ink, ms=11, clip_on=False, zorder=3, label=f"threshold {threshold:.2f}", **style)
-            ax.legend(fontsize=8, frameon=False, loc="lower left")
+            ax.plot(*at, ls="", mec=ink, ms=11, clip_on=False, zorder=3, label="at the threshold", **style)
+            _legend_above(ax)
 
 
 def plot_epochs(
@@ -127,18 +129,27 @@ def plot_epochs(
                 channel = particles.channel(label)
                 style = {"color": particles[channel].color, "marker": outline_marker(channel), "path_effects": STROKE}
             ax.plot(np.asarray(epochs)[known], values[known], lw=1.5, ms=5, label=label, **style)
-        ax.xaxis.set_major_locator(MaxNLocator(integer=True))
+        ax.set_xlim(np.min(epochs) - 0.5, np.max(epochs) + 0.5)
+        ax.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
         if log:
             ax.set_yscale("log")
+            ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+            ax.yaxis.set_minor_locator(NullLocator())
         else:
             ax.set_ylim(0, 1.03)
         if particles is None and len(lines) > 1:
-            ax.legend(fontsize=8, frameon=False, loc="lower right")
+            _legend_above(ax)
 
 
 def _axes(ax: Axes, xlabel: str, ylabel: str) -> Axes:
-    ax.set_xlabel(xlabel, fontsize=9)
-    ax.set_ylabel(ylabel, fontsize=9)
+    ax.set_xlabel(xlabel, fontsize=8.5)
+    ax.set_ylabel(ylabel, fontsize=8.5)
     ax.tick_params(labelsize=8)
     ax.spines[["top", "right"]].set_visible(False)
     return ax
+
+
+def _legend_above(ax: Axes) -> None:
+    """Put the legend in one line above the axes, where it hides nothing."""
+    ax.legend(fontsize=8, frameon=False, loc="lower right", bbox_to_anchor=(1, 1), ncols=3, borderaxespad=0.2)

@@ -146,7 +146,7 @@ def picks_page(cfg: DictConfig) -> Page:
         tiles = [*chosen.tiles(), *_time_tiles(chosen.runs)]
         return {
             **_frame(chosen.particles, f"Picks of {_plural(len(chosen.runs), 'run')}", cfg.note, tiles),
-            "lines": [f"Picked by {', '.join(predictions.networks)}", f"from {predictions.folder}"],
+            "lines": [f"{predictions.folder}, picked by {', '.join(predictions.networks)}"],
             "picks": picks_section(album, chosen, cfg.pictured_runs),
         }
 
@@ -360,7 +360,7 @@ def particle_cards(album: Album, chosen: Chosen, averages: Mapping[str, Average]
         if own.any():
             scores = judged["score"].to_numpy(float)[own]
             kinds = None if near is None else near[own]
-            shown = f"{(scores >= threshold).sum()} of {len(scores)} reach the threshold {threshold:.2f}"
+            shown = f"{(scores >= threshold).sum():,} of {len(scores):,} reach the threshold {threshold:.2f}"
             pictures.append(
                 album.keep_both(
                     f"scores_{channel + 1}_{name}",
@@ -380,8 +380,8 @@ def particle_cards(album: Album, chosen: Chosen, averages: Mapping[str, Average]
                     lambda path, theme, c=curve, t=threshold, p=particle, n=channel: plot_precision_recall(
                         c, t, p, n, path, theme
                     ),
-                    f"Precision against recall of {name}; {_at_threshold(curve, threshold)}",
-                    f"Precision and recall; {_at_threshold(curve, threshold)}.",
+                    f"Precision against recall of {name}: {_at_threshold(curve, threshold)}",
+                    f"Precision and recall: {_at_threshold(curve, threshold)}.",
                 )
             )
         facts = f"{_plural(count, 'pick')} · radius {particle.radius:g} Å" if own.any() else "no pick, at any score"
@@ -391,7 +391,9 @@ def particle_cards(album: Album, chosen: Chosen, averages: Mapping[str, Average]
 
 def _at_threshold(curve: NDArray[np.float64], threshold: float) -> str:
     kept = curve[curve[:, 0] >= threshold]
-    return f"at the threshold {kept[-1, 1]:.2f} and {kept[-1, 2]:.2f}" if len(kept) else "no pick reaches the threshold"
+    if not len(kept):
+        return f"no pick reaches the threshold {threshold:.2f}"
+    return f"{kept[-1, 1]:.2f} and {kept[-1, 2]:.2f} at the threshold {threshold:.2f}"
 
 
 def run_card(album: Album, chosen: Chosen, run: PredictedRun, volume: Slices) -> dict[str, Any]:
