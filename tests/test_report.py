@@ -141,7 +141,7 @@ def test_a_page_says_what_was_planted(work: Path) -> None:
     assert "simulated data" in page.words and "Average of 6 picks, not aligned" in page.words
     # one slice of each run, as the central one has most picks; three pictures of two particles, none of the third
     names = {path.name for path in Path("output/predictions/report").iterdir()}
-    assert len(page.images) == 2 + 6 and {"report.html", "average_1_ball.png", "slice_TS_1_z12.png"} <= names
+    assert len(page.images) == 2 + 6 and {"report.html", "average_1_ball.png", "slice_1_z12_TS_1.png"} <= names
     assert not any("none" in name for name in names)
     central = next(image["alt"] for image in page.images if image["alt"].startswith("Central slice"))
     assert central.endswith("slice with most picks, z = 12 nm of TS_1; picks that it cuts: 2 ball, 1 rod")

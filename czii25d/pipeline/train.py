@@ -226,8 +226,9 @@ def create_trainer(cfg: DictConfig, folder: Path, judged: bool) -> L.Trainer:
     callbacks: list[Callback] = [EpochLog(folder / "metrics.csv"), StopWhenNotFinite()]
     if terminal:
         callbacks.append(RichProgressBar())
-    if judged:
+    if judged and not cfg.trainer.fast_dev_run:
         callbacks.append(HeldOutPicks(folder / "held_out"))
+    if judged:
         callbacks.append(
             ModelCheckpoint(
                 folder,

@@ -80,7 +80,7 @@ class HeldOutPicks(L.Callback):
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Write the picks of all processes."""
         module = cast(HeatmapModule, pl_module)
-        if not trainer.is_global_zero or trainer.fast_dev_run or module.judged_picks is None:
+        if not trainer.is_global_zero or module.judged_picks is None:
             return
         assert module.solution is not None and module.card.thresholds is not None
         runs = [PredictedRun(target.run, volume.folder) for volume, target in module.held_out]
