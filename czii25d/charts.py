@@ -54,7 +54,7 @@ def plot_scores(
         for (label, values), color in zip(kinds.items(), [_GRAY, particle.color][-len(kinds) :], strict=True):
             edge = 0.7 * np.array(to_rgb(color)) + 0.3 * np.array(to_rgb(ax.xaxis.label.get_color()))
             style: dict[str, Any] = {"histtype": "stepfilled", "fc": f"{color}66", "ec": edge, "lw": 1.3}
-            ax.hist(values, edges, label=label, hatch="////" if color == _GRAY else None, **style)
+            ax.hist(values, list(edges), label=label, hatch="////" if color == _GRAY else None, **style)
         ax.set_yscale("log")
         ax.set_ylim(0.7, None if len(scores) else 10)
         ax.set_xlim(edges[0], edges[-1])

@@ -18,7 +18,7 @@ from matplotlib.figure import Figure
 from matplotlib.font_manager import FontProperties
 from matplotlib.lines import Line2D
 from matplotlib.patches import Polygon
-from matplotlib.patheffects import withStroke
+from matplotlib.patheffects import AbstractPathEffect, withStroke
 from mpl_toolkits.axes_grid1.anchored_artists import AnchoredSizeBar
 from PIL import Image
 from scipy.spatial import cKDTree
@@ -34,13 +34,15 @@ if TYPE_CHECKING:
     from czii25d.particles import ParticleSet
     from czii25d.thresholds import CrossFit
 
-LIGHT: dict[str, Any] = {}  # colours of text and paper: matplotlib's own, black on white
-DARK: dict[str, Any] = {
+LIGHT: dict[Any, Any] = {}  # colours of text and paper: matplotlib's own, black on white
+DARK: dict[Any, Any] = {
     **dict.fromkeys(("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"), "#d5d9de"),
     **dict.fromkeys(("figure.facecolor", "axes.facecolor", "savefig.facecolor"), "#171a1f"),
 }
 
-STROKE = [withStroke(linewidth=2.2, foreground="#00000099")]  # keeps light colours legible on a light slice
+STROKE: list[AbstractPathEffect] = [
+    withStroke(linewidth=2.2, foreground="#00000099")
+]  # keeps light colours legible on a light slice
 _DASHES = (0, (2, 1.5))
 _ROUND_LENGTHS_NM = np.array([1, 2, 5, 10, 20, 50, 100, 200, 500, 1000])
 
@@ -194,7 +196,7 @@ def plot_average(average: NDArray[np.floating], voxel_spacing: Spacing3D, path: 
     low, high = np.percentile(average, [0.5, 99.5])
     sections = {"xy": (average[z], dy, dx), "xz": (average[:, y], dz, dx), "yz": (average[:, :, x], dz, dy)}
     with saved_figure(path, (3.6, 1.42), DARK) as figure:
-        figure.get_layout_engine().set(h_pad=0.07)  # type: ignore[union-attr]
+        figure.set_layout_engine("constrained", h_pad=0.07)
         axes = figure.subplots(1, 3)
         for ax, (plane, (section, down, across)) in zip(axes, sections.items(), strict=True):
             extent = (0, section.shape[1] * across, section.shape[0] * down, 0)
@@ -266,7 +268,7 @@ def plot_thresholds(fitted: CrossFit, path: Path | str) -> None:
 
 
 @contextmanager
-def saved_figure(path: Path | str, size: tuple[float, float], theme: Mapping[str, Any] = LIGHT) -> Iterator[Figure]:
+def saved_figure(path: Path | str, size: tuple[float, float], theme: Mapping[Any, Any] = LIGHT) -> Iterator[Figure]:
     """Yield a figure of so many inches to draw in, and write it in the format that the suffix says."""
     with rc_context(dict(theme)):
         figure = Figure(size, layout="constrained")
