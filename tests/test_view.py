@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -39,9 +41,10 @@ def test_tomogram_and_picks_share_the_angstroms(work: Path) -> None:
     low, high = image.options["contrast_limits"]
     assert low < high
     points, scores = FOUND["ball"]
-    np.testing.assert_allclose(balls.data, np.array(points[:3])[:, ::-1])
-    assert balls.kind == "points" and balls.options["size"] == 2 * PARTICLES[0].radius
-    assert balls.options["border_color"] == PARTICLES[0].color and "scale" not in balls.options
+    assert balls.kind == "points" and balls.options["scale"] == SPACING
+    np.testing.assert_allclose(balls.data * SPACING, np.array(points[:3])[:, ::-1])
+    assert balls.options["size"] * SPACING[2] == pytest.approx(2 * PARTICLES[0].radius)
+    assert balls.options["border_color"] == PARTICLES[0].color and balls.options["units"] == "angstrom"
     np.testing.assert_allclose(balls.options["features"]["score"], scores[:3])
     assert balls.options["symbol"] != found["rod (1)"].options["symbol"]
 
@@ -56,7 +59,7 @@ def test_more_is_shown_if_it_is_there(work: Path) -> None:
     heatmap = found["heatmap rod"]
     assert heatmap.data.shape == shape and heatmap.data[2][3, 4] == np.asarray(heatmap.data)[2, 3, 4] == 200
     assert heatmap.options["colormap"] == PARTICLES[1].color and not heatmap.options["visible"]
-    np.testing.assert_allclose(found["true rod (1)"].data, [[3, 2, 1]])
+    np.testing.assert_allclose(found["true rod (1)"].data * SPACING, [[3, 2, 1]])
     assert "ball (4)" in found and "true ball (1)" not in found
 
 
@@ -74,6 +77,32 @@ def test_without_napari_it_says_how_to_get_it(work: Path, monkeypatch: pytest.Mo
         view(load_config("view", ["runs=[TS_1]"]))
     with pytest.raises(InputError, match=r"TS_11.*did you mean 'TS_1'"):
         view(load_config("view", ["runs=[TS_11]"]))
+
+
+def test_napari_is_told_what_it_understands_and_shows_every_layer(work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    added: list[tuple[str, dict[str, Any]]] = []
+
+    class Viewer:
+        def __init__(self, title: str) -> None:
+            self.dims, self.scale_bar = SimpleNamespace(), SimpleNamespace()
+            viewers.append((title, self))
+
+        def add_image(self, data: Any, **options: Any) -> None:
+            added.append(("image", options))
+
+        def add_points(self, data: Any, **options: Any) -> None:
+            added.append(("points", options))
+
+    for version, key in (("0.6.6", "out_of_slice_display"), ("0.9.2", "projection_mode"), ("0.10.0rc1", None)):
+        viewers: list[tuple[str, Any]] = []
+        added.clear()
+        module = SimpleNamespace(__version__=version, Viewer=Viewer, run=lambda: None)
+        monkeypatch.setitem(sys.modules, "napari", module)
+        view(load_config("view", ["runs=TS_1"]))
+        assert [title for title, _ in viewers] == ["TS_1 · czii25d"] and viewers[0][1].scale_bar.visible
+        assert [kind for kind, _ in added] == ["image", *["points"] * 5]  # three true, two found
+        assert all((key or "projection_mode") in options for kind, options in added if kind == "points")
+        assert getattr(viewers[0][1].dims, "margin_left", None) == (None if version == "0.6.6" else (60.0, 0.0, 0.0))
 
 
 @pytest.mark.parametrize("names", [["TS_1"], ["TS_1", "12"], ["it's", "a,b", "[c]", "d e", "tomo.rec{1}"]])

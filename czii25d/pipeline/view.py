@@ -17,7 +17,7 @@ from czii25d.data.predictions import PredictedRun, Predictions, read_predictions
 from czii25d.data.tomogram import open_tomogram
 from czii25d.data.volumes import open_volume
 from czii25d.errors import InputError
-from czii25d.geometry import Spacing3D
+from czii25d.geometry import Spacing3D, xyz_angstrom_to_zyx_voxel
 from czii25d.particles import ParticleSet
 from czii25d.picks import above_thresholds, read_picks_csv
 from czii25d.pipeline.app import run
@@ -27,7 +27,7 @@ SYMBOLS = ("disc", "diamond", "triangle_up", "square", "star", "triangle_down", 
 
 @dataclass(frozen=True)
 class Layer:
-    """A layer of napari: ``viewer.add_<kind>(data, **options)``. All scales and locations are z, y, x in angstrom."""
+    """A layer of napari: ``viewer.add_<kind>(data, **options)``, in voxels, z y x; its scale makes them angstroms."""
 
     kind: Literal["image", "points"]
     data: Any
@@ -51,12 +51,23 @@ def view(cfg: DictConfig) -> None:
         raise InputError(
             "czii25d view", "napari", "none installed", "pip install 'napari[all]', or 'czii25d[view]'"
         ) from None
+    thick = out_of_slice(napari.__version__)
     for chosen in runs:
         viewer = napari.Viewer(title=f"{chosen.name} · czii25d")
         for layer in run_layers(predictions, chosen, solution, cfg.all_scores):
-            getattr(viewer, f"add_{layer.kind}")(layer.data, **layer.options)
-        viewer.scale_bar.visible, viewer.scale_bar.unit = True, "angstrom"
+            options = layer.options | thick if layer.kind == "points" else layer.options
+            getattr(viewer, f"add_{layer.kind}")(layer.data, **options)
+        if "projection_mode" in thick:
+            reach = (max(predictions.particles.radii), 0.0, 0.0)
+            viewer.dims.margin_left = viewer.dims.margin_right = reach
+        viewer.scale_bar.visible = True
     napari.run()
+
+
+def out_of_slice(version: str) -> dict[str, Any]:
+    """Return the options by which a napari of this version shows spheres in all slices that they reach."""
+    major, minor = (int(number) for number in version.split(".")[:2])
+    return {"projection_mode": "rescale_spherical"} if (major, minor) >= (0, 9) else {"out_of_slice_display": True}
 
 
 def run_layers(
@@ -70,17 +81,22 @@ def run_layers(
     depth = voxels.shape[0]
     low, high = np.percentile(np.asarray(voxels[depth // 2], np.float32), [0.5, 99.5])
     limits = (float(low), max(float(high), float(np.nextafter(low, np.inf))))
-    image = {"name": chosen.name, "scale": spacing, "colormap": "gray", "contrast_limits": limits}
+    image = {"name": chosen.name, **_in_angstrom(spacing), "colormap": "gray", "contrast_limits": limits}
     layers = [Layer("image", voxels, image)]
     heatmaps = predictions.folder / "heatmaps" / f"{chosen.name}.zarr"
     if heatmaps.is_dir():
         layers += heatmap_layers(zarr.open_array(heatmaps / "0", mode="r"), spacing, predictions.particles)
     if solution is not None and len(truth := solution[solution["run"] == chosen.name]):
-        layers += point_layers(truth, predictions.particles, "true ", {"visible": False, "opacity": 0.6})
+        hidden = {"visible": False, "opacity": 0.6}
+        layers += point_layers(truth, spacing, predictions.particles, "true ", hidden)
     picks = predictions.picks_of(chosen.name)
     if not all_scores:
         picks = above_thresholds(picks, predictions.thresholds)
-    return layers + point_layers(picks, predictions.particles)
+    return layers + point_layers(picks, spacing, predictions.particles)
+
+
+def _in_angstrom(spacing: Spacing3D) -> dict[str, Any]:
+    return {"scale": spacing, "units": "angstrom"}
 
 
 def _voxels(chosen: PredictedRun) -> tuple[Any, Spacing3D]:
@@ -99,7 +115,7 @@ def heatmap_layers(heatmaps: Any, spacing: Spacing3D, particles: ParticleSet) ->
     for channel, particle in enumerate(particles):
         options = {
             "name": f"heatmap {particle.name}",
-            "scale": spacing,
+            **_in_angstrom(spacing),
             "colormap": particle.color,  # from black to this
             "blending": "additive",
             "contrast_limits": (0, 255),
@@ -125,9 +141,16 @@ class _Channel:
 
 
 def point_layers(
-    picks: pd.DataFrame, particles: ParticleSet, prefix: str = "", more: Mapping[str, Any] | None = None
+    picks: pd.DataFrame,
+    spacing: Spacing3D,
+    particles: ParticleSet,
+    prefix: str = "",
+    more: Mapping[str, Any] | None = None,
 ) -> list[Layer]:
-    """Return a layer of points, as large as the particle, for each that has any; the score is a feature of theirs."""
+    """Return a layer of points, as large as the particle, for each that has any; the score is a feature of theirs.
+
+    In voxels, as the tomogram, so that one step of napari's slider is one plane.
+    """
     layers = []
     for channel, particle in enumerate(particles):
         own = picks[picks["particle"] == particle.name]
@@ -135,17 +158,18 @@ def point_layers(
             continue
         options: dict[str, Any] = {
             "name": f"{prefix}{particle.name} ({len(own)})",
-            "size": 2 * particle.radius,
+            **_in_angstrom(spacing),
+            "size": 2 * particle.radius / spacing[2],
             "symbol": SYMBOLS[channel % len(SYMBOLS)],
             "face_color": "transparent",
             "border_color": particle.color,
             "border_width": 0.08,  # of the size
-            "out_of_slice_display": True,
             **(more or {}),
         }
         if "score" in own:
             options["features"] = {"score": own["score"].to_numpy(float)}
-        layers.append(Layer("points", own[["z", "y", "x"]].to_numpy(float), options))
+        centers = xyz_angstrom_to_zyx_voxel(own[["x", "y", "z"]].to_numpy(float), spacing)
+        layers.append(Layer("points", centers, options))
     return layers
 
 
