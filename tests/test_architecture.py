@@ -13,7 +13,8 @@ PACKAGE = Path(__file__).parents[1] / "czii25d"
 LAYERS = [
     {"errors", "files", "geometry", "particles", "tiling"},
     {"picks", "heatmap", "peaks", "metrics", "losses", "phantom", "baseline", "plotting", "thresholds"}
-    | {"averages", "charts"},
+    | {"averages", "charts"}
+    | {"regions", "resampling", "contrast"},
     {"data", "models", "formats"},
     {"inference"},
     {"runtimes"},

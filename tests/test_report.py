@@ -20,7 +20,14 @@ from czii25d.data.predictions import Effort, PredictedRun, read_predictions, wri
 from czii25d.data.volumes import write_volume
 from czii25d.errors import InputError
 from czii25d.particles import Particle, ParticleSet
-from czii25d.picks import concat_picks, make_picks, write_scored_picks_csv, write_solution_csv
+from czii25d.picks import (
+    above_thresholds,
+    concat_picks,
+    make_picks,
+    write_scored_picks_csv,
+    write_solution_csv,
+    write_submission_csv,
+)
 from czii25d.pipeline.app import load_config
 from czii25d.pipeline.report import write_report
 
@@ -109,7 +116,9 @@ def plant(*runs: str, found: bool = True, truth: bool = True, folder: str = "out
         solution += [make_picks(run, name, points) for name, points in TRUTH.items()]
     Path(folder).mkdir(parents=True)
     write_record(Path(folder), PARTICLES, THRESHOLDS, ["saved_models/a/best.ckpt"], predicted)
-    write_scored_picks_csv(Path(folder) / "scored_picks.csv", concat_picks(picks, scored=True))
+    all_picks = concat_picks(picks, scored=True)
+    write_scored_picks_csv(Path(folder) / "scored_picks.csv", all_picks)
+    write_submission_csv(Path(folder) / "submission.csv", above_thresholds(all_picks, THRESHOLDS))
     if truth:
         write_solution_csv("output/solution.csv", concat_picks(solution))
 
@@ -189,6 +198,14 @@ def test_hostile_names_stay_text(work: Path, truth: bool) -> None:
     assert all(re.fullmatch(r"[\w.-]+", path.name) for path in Path("output/predictions/report").iterdir())
 
 
+def test_what_21_left_out_of_the_submission_is_left_out(work: Path) -> None:
+    """Not by its threshold, but as too near a better pick, say."""
+    plant("TS_1")
+    submission = pd.read_csv("output/predictions/submission.csv")
+    submission.iloc[1:].to_csv("output/predictions/submission.csv", index=False)
+    assert report().row("ball")[0][3:8] == ["2", "4", f"{17 / (16 * 3 + 2):.3f}", "0.500", "0.333"]
+
+
 def test_runs_are_chosen_and_only_some_are_drawn(work: Path) -> None:
     plant("TS_1", "TS_2", "TS_3")
     page = report("pictured_runs=1")
@@ -230,7 +247,8 @@ def test_the_record_comes_back_and_moves_with_its_volumes(work: Path) -> None:
     found = read_predictions("moved/predictions")
     assert found.particles == PARTICLES and found.thresholds == THRESHOLDS and list(found.runs) == ["TS_1", "TS_2"]
     assert found.runs["TS_1"].effort == EFFORT and found.runs["TS_2"].effort is None
-    assert found.runs["TS_2"].open().shape == SHAPE and len(found.picks_of("TS_1")) == 5
+    assert found.runs["TS_2"].open().shape == SHAPE
+    assert len(found.picks_of("TS_1")) == 4 and len(found.picks_of("TS_1", all_scores=True)) == 5
 
 
 def test_tomograms_without_a_volume_are_read_as_they_are(work: Path) -> None:

@@ -23,7 +23,7 @@ from czii25d.errors import InputError, did_you_mean
 from czii25d.files import write_aside
 from czii25d.geometry import Shape3D, Spacing3D
 from czii25d.particles import ParticleSet
-from czii25d.picks import read_picks_csv
+from czii25d.picks import PICK_COLUMNS, read_picks_csv
 
 STAGES = ("read", "predict", "peaks", "write")
 RECORD = "prediction.json"
@@ -129,7 +129,9 @@ class Predictions:
     runs
         By name.
     picks
-        Picks frame with scores, those below the thresholds too.
+        Picks frame with scores, those that are not submitted too.
+    is_submitted
+        ``(len(picks),)``: whether a pick is in ``submission.csv``: it reaches its threshold, and whatever else 21 asks.
     """
 
     folder: Path
@@ -138,6 +140,7 @@ class Predictions:
     networks: list[str]
     runs: dict[str, PredictedRun]
     picks: pd.DataFrame
+    is_submitted: NDArray[np.bool_]
 
     def choose(self, given: str | Sequence[str] | None) -> list[PredictedRun]:
         """Return the runs of these names, all for ``None``; `InputError` for an unknown one."""
@@ -148,9 +151,10 @@ class Predictions:
                 raise InputError("key runs", f"runs of {self.folder} ({', '.join(self.runs)})", found, "correct it")
         return [self.runs[name] for name in dict.fromkeys(wanted)]
 
-    def picks_of(self, run: str) -> pd.DataFrame:
-        """Return the scored picks of one run."""
-        return self.picks[self.picks["run"] == run]
+    def picks_of(self, run: str, all_scores: bool = False) -> pd.DataFrame:
+        """Return the submitted picks of one run, or all that are scored, with their scores."""
+        chosen = (self.picks["run"] == run).to_numpy()
+        return self.picks[chosen if all_scores else chosen & self.is_submitted]
 
 
 def effort_path(part: Path) -> Path:
@@ -235,7 +239,10 @@ def read_predictions(folder: Path | str) -> Predictions:
         raise InputError(
             folder / "scored_picks.csv", f"particles and runs that {path} names", ", ".join(unknown), _CURE
         )
-    return Predictions(folder, particles, thresholds, networks, runs, picks)
+    submission = read_picks_csv(folder / "submission.csv")
+    # both files are written with the same decimals
+    is_submitted = pd.MultiIndex.from_frame(picks[[*PICK_COLUMNS]]).isin(pd.MultiIndex.from_frame(submission))
+    return Predictions(folder, particles, thresholds, networks, runs, picks, is_submitted)
 
 
 def _as_run(folder: Path, fields: Mapping[str, Any]) -> PredictedRun:

@@ -19,7 +19,7 @@ from czii25d.data.predictions import STAGES, PredictedRun, Predictions, Slices, 
 from czii25d.geometry import Shape3D, xyz_angstrom_to_zyx_voxel
 from czii25d.metrics import evaluate, match, near_reference, pool, precision_recall_curve
 from czii25d.particles import Particle, ParticleSet
-from czii25d.picks import above_thresholds, empty_picks, read_picks_csv
+from czii25d.picks import empty_picks, read_picks_csv
 from czii25d.pipeline.page import Album, Page, Picture, Table, page_values, plural
 from czii25d.plotting import fullest_slice, plot_average, plot_slice, slab_of
 
@@ -45,7 +45,7 @@ def picks_page(cfg: DictConfig) -> Page:
 
 @dataclass(frozen=True)
 class Chosen:
-    """The runs of a report: their picks above the thresholds, all their scored picks, and the truth.
+    """The runs of a report: their submitted picks, all their scored picks, and the truth.
 
     Parameters
     ----------
@@ -78,9 +78,10 @@ class Chosen:
         """Choose runs, and read the truth where it is there."""
         runs = predictions.choose(given)
         names = [run.name for run in runs]
-        scored = predictions.picks[predictions.picks["run"].isin(names)].reset_index(drop=True)
+        chosen = predictions.picks["run"].isin(names).to_numpy()
+        kept = predictions.picks[chosen & predictions.is_submitted].reset_index(drop=True)
+        scored = predictions.picks[chosen].reset_index(drop=True)
         solution, remarks = read_truth(solution_path, names, predictions.particles)
-        kept = above_thresholds(scored, predictions.thresholds).reset_index(drop=True)
         return cls(predictions, runs, kept, scored, solution, remarks)
 
     def evaluation(self) -> pd.DataFrame | None:
@@ -180,7 +181,7 @@ def particle_table(chosen: Chosen) -> Table:
             row += [f"{table[key][name]:.3f}" for key in scores] + [f"{table[key][name]:g}" for key in counts]
         rows.append(row)
     weighted = "" if table is None else " The total F4 is the weighted mean; precision and recall are of all together."
-    return Table(f"Picks that reach the threshold, of all that were scored.{weighted}", columns, rows, total=True)
+    return Table(f"Picks in submission.csv, of all that were scored.{weighted}", columns, rows, total=True)
 
 
 @dataclass
@@ -351,7 +352,7 @@ def count_table(chosen: Chosen) -> Table:
                 row[-2:] = [f"{total['precision']:.3f}", f"{total['recall']:.3f}"]
         rows.append(row)
     columns = ["run", *names, "all", *(["precision", "recall"] if chosen.judged else [])]
-    return Table("Picks that reach the threshold", columns, rows, total=True)
+    return Table("Picks in submission.csv", columns, rows, total=True)
 
 
 def time_table(runs: Sequence[PredictedRun]) -> Table | None:

@@ -19,7 +19,7 @@ from czii25d.data.volumes import open_volume
 from czii25d.errors import InputError
 from czii25d.geometry import Spacing3D, xyz_angstrom_to_zyx_voxel
 from czii25d.particles import ParticleSet
-from czii25d.picks import above_thresholds, read_picks_csv
+from czii25d.picks import read_picks_csv
 from czii25d.pipeline.app import run
 
 SYMBOLS = ("disc", "diamond", "triangle_up", "square", "star", "triangle_down", "cross", "clobber")  # napari's names
@@ -89,9 +89,7 @@ def run_layers(
     if solution is not None and len(truth := solution[solution["run"] == chosen.name]):
         hidden = {"visible": False, "opacity": 0.6}
         layers += point_layers(truth, spacing, predictions.particles, "true ", hidden)
-    picks = predictions.picks_of(chosen.name)
-    if not all_scores:
-        picks = above_thresholds(picks, predictions.thresholds)
+    picks = predictions.picks_of(chosen.name, all_scores)
     return layers + point_layers(picks, spacing, predictions.particles)
 
 

@@ -14,7 +14,7 @@ import torch
 from czii25d.data.predictions import PredictedRun, write_record
 from czii25d.errors import InputError
 from czii25d.files import write_aside
-from czii25d.picks import write_scored_picks_csv, write_solution_csv
+from czii25d.picks import above_thresholds, write_scored_picks_csv, write_solution_csv, write_submission_csv
 from czii25d.training.module import HeatmapModule
 
 logger = logging.getLogger(__name__)
@@ -83,12 +83,14 @@ class HeldOutPicks(L.Callback):
         if not trainer.is_global_zero or module.judged_picks is None:
             return
         assert module.solution is not None and module.card.thresholds is not None
+        thresholds = module.card.thresholds
         runs = [PredictedRun(target.run, volume.folder) for volume, target in module.held_out]
         with write_aside(self.folder) as partial:
             partial.mkdir()
             write_scored_picks_csv(partial / "scored_picks.csv", module.judged_picks)
+            write_submission_csv(partial / "submission.csv", above_thresholds(module.judged_picks, thresholds))
             write_solution_csv(partial / "solution.csv", module.solution)
-            write_record(partial, module.particles, module.card.thresholds, [str(self.folder.parent)], runs)
+            write_record(partial, module.particles, thresholds, [str(self.folder.parent)], runs)
 
 
 class StopWhenNotFinite(L.Callback):
