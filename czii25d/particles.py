@@ -181,9 +181,7 @@ def load_particles(path: Path | None = None) -> ParticleSet:
     if isinstance(table, Mapping) and "pickable_objects" in table:
         table = _of_copick(table["pickable_objects"], path)
     if not isinstance(table, Mapping):
-        raise InputError(
-            path, "particles by name, e.g. `ribosome: {radius: 150}`", type(table).__name__, "write it so"
-        )
+        raise InputError(path, "particles by name, e.g. `ribosome: {radius: 150}`", type(table).__name__, "write it so")
     return ParticleSet.from_config(table, where=path)
 
 

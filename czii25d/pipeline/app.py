@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
 PUBLISHED_FLAGS = ("mode", "class_num")  # the flags of the published 01 and 02, spelt ``--flag value``
+RUNS_AS_WORDS = ("view",)  # configurations whose runs may be given as words of their own
 NUMBER_OR_NAME = ("data.fold_id", "trainer.precision", "trainer.devices")  # number by default, text allowed
 OWN_PARTICLES = "own"  # what Hydra calls the table of particles=FILE
 INPUT_ERROR, INTERRUPTED = 2, 130
@@ -52,6 +53,8 @@ def run(
         How many words of the command line name the program: 1 of ``21_predict.py``, 2 of ``czii25d predict``.
     """
     program, argv = sys.argv[:program_words], translate_flags(sys.argv[program_words:])
+    if config_name in RUNS_AS_WORDS:
+        argv = translate_runs(argv)
     if {"--help", "-h"} & set(argv):
         print_help(description or sys.modules["__main__"].__doc__ or "", config_name)
         return
@@ -107,6 +110,15 @@ def translate_flags(argv: Sequence[str]) -> list[str]:
         else:
             translated.append(argument)
     return translated
+
+
+def translate_runs(argv: Sequence[str]) -> list[str]:
+    """Turn words that are neither overrides nor options, ``TS_1 TS_2``, into ``runs=['TS_1','TS_2']``."""
+    names = [word for word in argv if "=" not in word and not word.startswith(("-", "~", "+"))]
+    if not names:
+        return list(argv)
+    quoted = ",".join("'{}'".format(name.replace("'", "\\'")) for name in names)
+    return [*(word for word in argv if word not in names), f"runs=[{quoted}]"]
 
 
 def with_own_particles(overrides: Sequence[str]) -> list[str]:
