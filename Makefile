@@ -4,7 +4,7 @@ BIN := .venv/bin
 STAMP := .venv/.installed
 DEMO := paths.input=demo/input paths.output=demo/output paths.saved_models=demo/saved_models
 
-.PHONY: help install test lint demo benchmark clean
+.PHONY: help install test lint demo docs benchmark clean
 
 help:
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /  make \1\t/'
@@ -35,9 +35,14 @@ demo: $(STAMP) ## simulate, prepare, train, predict and score; 4 to 9 minutes on
 	$(BIN)/python 22_score.py $(DEMO) solution=demo/input/test_solution.csv
 	$(BIN)/python -m czii25d.pipeline.demo $(DEMO)
 
+docs: $(STAMP) ## the site of docs/ into site/, without a network but for the install; any warning is an error
+	$(BIN)/python -m pip install --disable-pip-version-check -q -e '.[docs]'
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
+	@echo "open site/index.html"
+
 benchmark: $(STAMP) ## speed and memory beside the published procedure, on the data set in INPUT (default input)
 	$(BIN)/python -m pip install --disable-pip-version-check -q -e '.[benchmark]'
 	$(BIN)/python benchmarks/run.py $(or $(INPUT),input)
 
 clean: ## remove the demo and all caches
-	rm -rf demo .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf demo site .pytest_cache .mypy_cache .ruff_cache .hypothesis

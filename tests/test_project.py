@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 import shlex
 from pathlib import Path
@@ -14,9 +15,11 @@ from conftest import PROJECT
 
 import czii25d
 from czii25d.particles import conf_dir
-from czii25d.pipeline.app import load_config, translate_flags
+from czii25d.pipeline.app import RUNS_AS_WORDS, load_config, translate_flags, translate_runs
+from czii25d.pipeline.cli import COMMANDS, Command
 from czii25d.pipeline.train import create_schedule, optimizer_factory
 
+COMMAND = r"(?:python (?:\w+\.py|-m czii25d\.pipeline\.\w+)|czii25d \w+)[^\n&]*"  # in a page
 EXPERIMENTS = sorted(path.stem for path in (conf_dir() / "experiment").glob("*.yaml"))
 
 
@@ -50,7 +53,13 @@ def test_the_service_that_predicts_gives_keys_that_exist() -> None:
 def test_every_experiment_builds_its_network_optimizer_and_schedule(experiment: str) -> None:
     with hydra.initialize_config_dir(str(conf_dir().resolve()), version_base="1.3"):
         cfg = hydra.compose(
-            "train", [f"experiment={experiment}", "model.pretrained=false", "model.decoder_channels=[8,8,8]"]
+            "train",
+            [
+                f"experiment={experiment}",
+                "model.pretrained=false",
+                "model.decoder_channels=[8,8,8]",
+                "model.class_num=6",
+            ],
         )
     kwargs = {k: v for k, v in cfg.model.items() if not k.startswith(("ema", "freeze", "resume"))}
     net = czii25d.create_model(**kwargs)
@@ -73,27 +82,51 @@ def test_readme_names_only_keys_and_files_that_exist() -> None:
         assert (PROJECT / path).exists(), path
 
 
+def commands_of(text: str) -> list[str]:
+    """Return every command of ours in the ``sh`` blocks of a page, in its order."""
+    found = []
+    for block in re.findall(r"^ *```sh\n(.*?)^ *```", text, re.M | re.S):
+        found += re.findall(COMMAND, block)
+    return found
+
+
 def documented_commands() -> list[str]:
     """Return every command of ours in the README and the documentation."""
-    found = []
-    for page in (PROJECT / "README.md", *sorted((PROJECT / "docs").glob("*.md"))):
-        for block in re.findall(r"^```sh\n(.*?)^```", page.read_text(), re.M | re.S):
-            found += re.findall(r"python (?:\w+\.py|-m czii25d\.pipeline\.\w+)[^\n&]*", block)
-    return sorted(set(found))
+    pages = (PROJECT / "README.md", *sorted((PROJECT / "docs").glob("*.md")))
+    return sorted({command for page in pages for command in commands_of(page.read_text())})
+
+
+def parse_command(command: str) -> tuple[Command, list[list[str]]]:
+    """Return what a command runs, and its overrides: one list, or for a sweep a list for each of its jobs."""
+    words = translate_flags(shlex.split(command, comments=True))
+    if words[0] == "czii25d":
+        known, overrides = COMMANDS[words[1]], words[2:]
+    else:
+        script, overrides = (" ".join(words[1:3]), words[3:]) if words[1] == "-m" else (words[1], words[2:])
+        [known] = [each for each in COMMANDS.values() if each.script == script]
+    if known.config in RUNS_AS_WORDS:
+        overrides = translate_runs(overrides)
+    if "-m" not in overrides:
+        return known, [overrides]
+    # Launchers and sweepers are plugins, which need not be installed.
+    choices = [
+        [f"{key}={value}" for value in (values.split(",") if re.fullmatch(r"[^\[\]{}()]+", values) else [values])]
+        for key, _, values in (each.partition("=") for each in overrides if not each.startswith(("-m", "hydra")))
+    ]
+    return known, [list(job) for job in itertools.product(*choices)]
 
 
 @pytest.mark.parametrize("command", documented_commands())
-def test_documented_commands_have_keys_that_exist(command: str) -> None:
-    words = translate_flags(shlex.split(command, comments=True)[1:])
-    script = PROJECT / (f"{words[1].replace('.', '/')}.py" if words[0] == "-m" else words[0])
-    [name] = re.findall(r'^    run\(\w+, "(\w+)"\)$', script.read_text(), re.M)
-    overrides = words[2:] if words[0] == "-m" else words[1:]
-    if sweep := "-m" in overrides:
-        overrides.remove("-m")
-    overrides = [override for override in overrides if not override.startswith("hydra/")]
-    if sweep:  # the first value of each
-        overrides = [re.sub(r"=([^\[\]{},]+),.*", r"=\1", override) for override in overrides]
-    assert load_config(name, overrides)
+def test_documented_commands_have_keys_that_exist(
+    command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    known, jobs = parse_command(command)
+    for overrides in jobs:
+        for file in re.findall(r"^particles=(.*\.yaml)$", "\n".join(overrides), re.M):  # a table of the reader's own
+            Path(file).parent.mkdir(parents=True, exist_ok=True)
+            Path(file).write_text("ribosome: {radius: 150.0}\n")
+        assert load_config(known.config, overrides)
 
 
 def test_there_are_documented_commands() -> None:
