@@ -1,14 +1,18 @@
 from __future__ import annotations
 
+import pickle
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from czii25d.data.augment import Augmentation
+from czii25d.data.cache import choose_cache, load_volumes
 from czii25d.data.datamodule import TomogramDataModule, split_runs
 from czii25d.data.dataset import EpochSampler, Sampling, TileDataset
 from czii25d.data.targets import HeatmapTarget, open_target
+from czii25d.data.tiles import TileBatch, make_tiles
 from czii25d.data.volumes import open_volume
 from czii25d.errors import InputError
 from czii25d.particles import load_particles
@@ -49,10 +53,13 @@ def test_an_item_is_the_volume_and_the_heatmap_of_the_same_place(opened) -> None
     assert seen > 6
 
 
-def test_a_turned_tile_shows_its_particles_where_the_heatmap_says(opened) -> None:
+@pytest.mark.parametrize("out_of_plane", [{}, {"tilt_range": 20, "stretch_range": 0.2}])
+def test_a_turned_tile_shows_its_particles_where_the_heatmap_says(opened, out_of_plane) -> None:
     """Planted blobs are dark: over many poses, the image is darkest where the heatmap peaks."""
     volumes, targets = opened
-    augmentation = Augmentation(rotate_prob=1.0, scale_range=0.2, flip_x_prob=0.5, flip_z_prob=0.5, contrast_prob=0)
+    augmentation = Augmentation(
+        rotate_prob=1.0, scale_range=0.2, flip_x_prob=0.5, flip_z_prob=0.5, contrast_prob=0, **out_of_plane
+    )
     dataset = TileDataset(volumes, targets, TILE, Sampling("balanced", particle_prob=1.0), augmentation)
     at_peaks, elsewhere = [], []
     for key in range(40):
@@ -71,6 +78,60 @@ def test_items_depend_on_seed_epoch_and_index_alone(opened) -> None:
     np.testing.assert_array_equal(one[3][0], same[3][0])
     assert not np.array_equal(one[3][0], other[3][0])
     assert not np.array_equal(one[3][0], one[3 + len(one)][0])
+
+
+EVERYTHING = Augmentation(tilt_range=5, noise_prob=0.5, noise_tilt=60, wedge_prob=0.3, flip_z_prob=0.5)
+
+
+def test_a_batch_is_its_items_wherever_it_is_made(opened) -> None:
+    volumes, targets = opened
+    dataset = TileDataset(volumes, targets, TILE, Sampling("balanced"), EVERYTHING)
+    keys = [3, 40, 5, 111]
+    expected = [torch.stack(parts) for parts in zip(*(dataset[key] for key in keys), strict=True)]
+    in_memory = load_volumes(volumes, "host", torch.device("cpu"))
+    for delivers in ("tiles", "boxes", "plans"):
+        dataset.delivers = delivers
+        batch = dataset.__getitems__(keys)
+        if isinstance(batch, TileBatch):
+            batch = make_tiles(batch, in_memory if delivers == "plans" else [])
+        for own, part in zip(batch, expected, strict=True):
+            torch.testing.assert_close(own, part, atol=2e-4, rtol=0)
+
+
+def test_a_dataset_travels_without_its_voxels(opened) -> None:
+    volumes, targets = opened
+    dataset = TileDataset(volumes, targets, TILE, Sampling(), EVERYTHING)
+    dataset.voxels = load_volumes(volumes, "host", torch.device("cpu"))
+    sent = pickle.dumps(dataset)
+    assert len(sent) < volumes[0].data.nbytes
+    torch.testing.assert_close(pickle.loads(sent)[4][0], dataset[4][0])
+
+
+GB = 10**9
+
+
+@pytest.mark.parametrize(
+    ("wanted", "size", "free_on_gpu", "memory", "chosen"),
+    [
+        ("auto", GB, None, 8 * GB, "disk"),
+        ("auto", GB, 24 * GB, 8 * GB, "device"),
+        ("auto", 8 * GB, 24 * GB, 64 * GB, "host"),
+        ("auto", 8 * GB, 24 * GB, 8 * GB, "disk"),
+        ("host", 8 * GB, 24 * GB, 8 * GB, "host"),
+        ("device", 8 * GB, 24 * GB, 8 * GB, "device"),
+    ],
+)
+def test_volumes_lie_where_there_is_room(wanted, size, free_on_gpu, memory, chosen) -> None:
+    cache, why = choose_cache(wanted, size, free_on_gpu, memory)
+    assert cache == chosen
+    assert (why is not None) == (wanted == "auto" and free_on_gpu is not None and chosen != "device")
+
+
+def test_a_cache_without_room_is_refused() -> None:
+    with pytest.raises(InputError, match=r"data\.cache.*8\.0 GB free.*found 6\.0 GB.*data\.cache=host"):
+        choose_cache("device", 8 * GB, 6 * GB, 8 * GB)
+    with pytest.raises(InputError, match=r"data\.cache.*auto, device, host, disk"):
+        choose_cache("ram", 0, None, 0)  # type: ignore[arg-type]
 
 
 def test_grid_is_the_published_half_overlapping_one(opened) -> None:
@@ -158,6 +219,14 @@ def test_loaders_give_batches_and_whole_tomograms(prepared_dir: Path) -> None:
     assert image.shape == (4, 1, *TILE) and heatmap.shape == (4, 6, *TILE)
     assert list(data.val_dataloader()) == [0]
     assert data.held_out[0][1].run == "TS_6_4"
+
+
+@pytest.mark.parametrize("cache", ["host", "disk"])
+def test_workers_and_caches_change_nothing(prepared_dir: Path, cache: str) -> None:
+    plain, other = make_module(prepared_dir), make_module(prepared_dir, num_workers=2, cache=cache)
+    other.move_to(torch.device("cpu"))
+    for one, two in zip(plain.train_dataloader(), other.train_dataloader(), strict=True):
+        torch.testing.assert_close(one, two, rtol=0, atol=0)
 
 
 def test_class_count_that_differs_from_02_is_refused(prepared_dir: Path) -> None:

@@ -1,24 +1,26 @@
-"""Training tiles: where they are cut, how they lie, and their target rendered for that pose."""
+"""Training tiles: where they are cut and how they lie, and, where that is asked for, made."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, replace
+from typing import Any, Literal
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
-from czii25d.data.augment import Augmentation, Pose
+from czii25d.data.augment import Augmentation
+from czii25d.data.cache import load_volumes
 from czii25d.data.targets import HeatmapTarget
-from czii25d.data.volumes import Volume
+from czii25d.data.tiles import Tile, TileBatch, empty, make_tiles, plan_batch
+from czii25d.data.volumes import Volume, gain_and_shift
 from czii25d.errors import InputError
 from czii25d.geometry import Shape3D
-from czii25d.heatmap import render_heatmap
 from czii25d.tiling import TileGrid
+
+Delivery = Literal["tiles", "boxes", "plans"]
 
 
 @dataclass(frozen=True)
@@ -56,9 +58,15 @@ class Sampling:
 class TileDataset(Dataset[tuple[Tensor, Tensor]]):
     """Tiles of several tomograms with their heatmaps.
 
-    An item depends on ``(seed, epoch, index)`` alone, not on workers, processes or what was read before, so an
-    interrupted training goes on exactly where it was. Items are asked for by ``epoch * len(self) + index``
-    (`EpochSampler` does so).
+    An item depends on ``(seed, epoch, index)`` alone, not on its batch, workers, processes, device or what was read
+    before, so an interrupted training goes on exactly where it was. Items are asked for by
+    ``epoch * len(self) + index`` (`EpochSampler` does so); a loader asks for a batch of them at once.
+
+    Attributes
+    ----------
+    delivers
+        What a loader's batch is. ``"tiles"``: images and heatmaps, made here one tile at a time, which fits a CPU's
+        cache. ``"boxes"``: a `TileBatch` whose boxes are cut, to be made elsewhere; ``"plans"``: one without voxels.
 
     Parameters
     ----------
@@ -78,6 +86,8 @@ class TileDataset(Dataset[tuple[Tensor, Tensor]]):
         seed: int = 0,
     ) -> None:
         self.volumes, self.targets = list(volumes), list(targets)
+        self.delivers: Delivery = "tiles"
+        self._voxels: list[Tensor] | None = None
         self.tile_shape, self.sampling, self.augmentation, self.seed = (
             tile_shape,
             sampling,
@@ -106,14 +116,51 @@ class TileDataset(Dataset[tuple[Tensor, Tensor]]):
 
     def __getitem__(self, key: int) -> tuple[Tensor, Tensor]:
         """Return ``(1, D, H, W)`` image and ``(C, D, H, W)`` heatmap, float32."""
+        image, heatmap = make_tiles(self.plan([key]), self.voxels)
+        return image[0], heatmap[0]
+
+    def __getitems__(self, keys: Sequence[int]) -> TileBatch | tuple[Tensor, Tensor]:
+        """Return what `delivers` says of a batch."""
+        if self.delivers != "tiles":
+            plan = self.plan(keys)
+            return plan if self.delivers == "plans" else plan.cut_from(self.voxels, torch.float16)
+        cpu, classes = torch.device("cpu"), len(self.targets[0].particles)
+        image = empty((len(keys), 1, *self.tile_shape), torch.float32, cpu)
+        heatmap = empty((len(keys), classes, *self.tile_shape), torch.float32, cpu)
+        for item, key in enumerate(keys):
+            make_tiles(self.plan([key]), self.voxels, (image[item : item + 1], heatmap[item : item + 1]))
+        return image, heatmap
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave out the voxels: a worker that is started anew maps the files."""
+        return {**vars(self), "_voxels": None}
+
+    @property
+    def voxels(self) -> list[Tensor]:
+        """The volumes that boxes are cut from, where there are some: mapped from disk unless others were given."""
+        if self._voxels is None:
+            self._voxels = load_volumes(self.volumes, "disk", torch.device("cpu"))
+        return self._voxels
+
+    @voxels.setter
+    def voxels(self, voxels: list[Tensor]) -> None:
+        self._voxels = voxels
+
+    def plan(self, keys: Sequence[int]) -> TileBatch:
+        """Draw a batch."""
+        tiles = [self._draw(key) for key in keys]
+        return plan_batch(tiles, self.tile_shape, self.augmentation.noise_tilt, self.augmentation.noise_pink)
+
+    def _draw(self, key: int) -> Tile:
         epoch, index = divmod(key, len(self))
         rng = np.random.default_rng((self.seed, epoch, index))
         run, center = self._draw_center(index, rng)
-        pose = self.augmentation.draw_pose(center, rng)
         volume, target = self.volumes[run], self.targets[run]
-        tile = pose.resample(volume.crop, volume.data.shape, self.tile_shape)
-        tile = self.augmentation.change_intensity(tile, rng)
-        return torch.from_numpy(tile)[None], torch.from_numpy(render_in_pose(target, pose, self.tile_shape))
+        pose = self.augmentation.draw_pose(center, rng, volume.voxel_spacing)
+        intensity = self.augmentation.draw_intensity(rng)
+        gain, shift = gain_and_shift(volume.mean, volume.std, volume.normalization)
+        intensity = replace(intensity, gain=intensity.gain * gain, shift=intensity.gain * shift + intensity.shift)
+        return Tile(run, pose, intensity, target.centers_zyx_voxel, target.channels, target.sigma_voxel)
 
     def _draw_center(self, index: int, rng: np.random.Generator) -> tuple[int, tuple[float, float, float]]:
         """Draw a run and where in it the middle of a tile lies; the unturned tile is inside the volume."""
@@ -131,17 +178,6 @@ class TileDataset(Dataset[tuple[Tensor, Tensor]]):
         last = np.maximum(np.array(self.volumes[run].data.shape) - 1 - half, half)
         z, y, x = np.clip(middle, half, last)
         return run, (float(z), float(y), float(x))
-
-
-def render_in_pose(target: HeatmapTarget, pose: Pose, tile_shape: Shape3D) -> NDArray[np.float32]:
-    """Render the ``(C, D, H, W)`` heatmap of a tile in that pose from the particles' exact positions."""
-    return render_heatmap(
-        pose.to_tile(target.centers_zyx_voxel, tile_shape),
-        target.channels,
-        np.asarray(target.sigma_voxel) / pose.scale,
-        tile_shape,
-        len(target.particles),
-    )
 
 
 class EpochSampler(Sampler[int]):

@@ -1,0 +1,511 @@
+"""Training tiles in batches, on any device: cut from the volumes, resampled in their poses, their heatmaps rendered.
+
+What is random has been drawn before (`czii25d.data.augment`), on the host and item by item. Here are the voxels: boxes
+of the volumes, wherever these lie, are copied, and everything else is done to the whole batch at once on the device of
+the boxes. The same code serves a CPU, one tile at a time, which fits its cache, and a GPU. Nothing waits for a GPU: no
+value is read back from it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from torch import Tensor
+
+from czii25d.data.augment import Intensity, Pose
+from czii25d.geometry import Shape3D, Spacing3D
+from czii25d.heatmap import TRUNCATE
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Tile:
+    """One tile, not yet made.
+
+    Parameters
+    ----------
+    volume
+        Which of the volumes.
+    pose, intensity
+        How it lies, and what happens to its values.
+    centers_zyx, channels, sigma_voxel
+        Particles in the tomogram: ``(N, 3)`` fractional indices, ``(N,)`` classes; and of each class ``(C, 3)``.
+    """
+
+    volume: int
+    pose: Pose
+    intensity: Intensity
+    centers_zyx: NDArray[np.float64]
+    channels: NDArray[np.intp]
+    sigma_voxel: NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Boxes:
+    """Boxes of volumes, all of one shape, and the tiles that they become.
+
+    Parameters
+    ----------
+    items
+        ``(n,)``: the tiles' places in the batch.
+    volumes, starts
+        Which volume, and the first voxel there; a box may reach beyond its volume.
+    shape
+        ``(d, h, w)`` of all.
+    voxels
+        ``(n, d, h, w)`` z-scores once they are cut, 0 outside the volume.
+    flips
+        For tiles that are boxes: the axes along which these are mirrored.
+    to_box
+        ``(n, 3, 4)``: from a place in the tile, z y x from -1 to 1, to one in the box, likewise; ``None`` for tiles that
+        are boxes.
+    is_tilted
+        Whether some tile's planes are no planes of its box.
+    """
+
+    items: Tensor
+    volumes: tuple[int, ...]
+    starts: tuple[Shape3D, ...]
+    shape: Shape3D
+    voxels: Tensor | None = None
+    flips: tuple[int, ...] = ()
+    to_box: Tensor | None = None
+    is_tilted: bool = False
+
+
+@dataclass(frozen=True)
+class Gaussians:
+    """The particles that a batch of heatmaps shows.
+
+    Parameters
+    ----------
+    channels
+        ``(N,)``: the place in the batch times the number of classes, plus the class.
+    centers, sigma
+        ``(N, 3)`` in voxels of the tile, z y x.
+    layers
+        The first so many are of different channels, so are the next so many, and so on.
+    """
+
+    channels: Tensor
+    centers: Tensor
+    sigma: Tensor
+    layers: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Filters:
+    """Tiles that meet a function of their frequencies.
+
+    Parameters
+    ----------
+    items
+        ``(n,)``: their places in the batch.
+    to_tilt_frame
+        ``(n, 3, 3)``, see `Pose.to_tilt_frame`.
+    tilt
+        ``(n,)`` radians: the largest tilt of the series.
+    softness
+        How far beyond the measured frequencies the filter falls to 0: one sample of the tile, per unit of spacing.
+    """
+
+    items: Tensor
+    to_tilt_frame: Tensor
+    tilt: Tensor
+    softness: float
+
+
+@dataclass(frozen=True)
+class Noise:
+    """Tiles to which noise is added; ``keys, std`` are ``(n, 1, 1, 1)``, the filter is ``None`` for white noise."""
+
+    items: Tensor
+    keys: Tensor
+    std: Tensor
+    filters: Filters | None
+    pink: float
+
+
+class TileBatch:
+    """All that a batch is made of, small enough to be sent anywhere; `make_tiles` makes it.
+
+    Not a dataclass, whose tensors Lightning would turn into float32 one by one before it moves the batch.
+
+    Parameters
+    ----------
+    size, tile_shape, class_num
+        Shape of the batch.
+    boxes, gaussians
+        What its tiles and heatmaps show.
+    wedges
+        Tiles that lose a wedge; ``None`` if there are none.
+    gain, shift
+        ``(B, 1, 1, 1)``.
+    noise
+        ``None`` if there is none.
+    """
+
+    def __init__(
+        self,
+        size: int,
+        tile_shape: Shape3D,
+        class_num: int,
+        boxes: Sequence[Boxes],
+        gaussians: Gaussians,
+        wedges: Filters | None,
+        gain: Tensor,
+        shift: Tensor,
+        noise: Noise | None,
+    ) -> None:
+        self.size, self.tile_shape, self.class_num = size, tile_shape, class_num
+        self.boxes, self.gaussians, self.wedges = tuple(boxes), gaussians, wedges
+        self.gain, self.shift, self.noise = gain, shift, noise
+
+    def _map(self, change: Any) -> TileBatch:
+        parts = [_map_tensors(part, change) for part in (self.boxes, self.gaussians, self.wedges)]
+        rest = [_map_tensors(part, change) for part in (self.gain, self.shift, self.noise)]
+        return TileBatch(self.size, self.tile_shape, self.class_num, *parts, *rest)
+
+    def to(self, device: torch.device | str) -> TileBatch:
+        """Return it with its tensors on a device; from pinned memory, without waiting for them."""
+        return self._map(lambda tensor: tensor.to(device, non_blocking=torch.device(device).type == "cuda"))
+
+    def pin_memory(self) -> TileBatch:
+        """Return it with its tensors in pinned memory."""
+        return self._map(Tensor.pin_memory)
+
+    def cut_from(self, volumes: Sequence[Tensor], dtype: torch.dtype = torch.float32) -> TileBatch:
+        """Return it with its boxes cut, where they were not yet."""
+        boxes = [
+            each if each.voxels is not None else replace(each, voxels=cut(volumes, each, dtype)) for each in self.boxes
+        ]
+        rest = (self.gaussians, self.wedges, self.gain, self.shift, self.noise)
+        return TileBatch(self.size, self.tile_shape, self.class_num, boxes, *rest)
+
+
+def _map_tensors(part: Any, change: Any) -> Any:
+    if isinstance(part, Tensor):
+        return change(part)
+    if isinstance(part, tuple) and part and isinstance(part[0], Boxes):
+        return tuple(_map_tensors(each, change) for each in part)
+    if isinstance(part, Boxes | Gaussians | Filters | Noise):
+        own = {field.name: getattr(part, field.name) for field in fields(part)}
+        return replace(part, **{name: _map_tensors(value, change) for name, value in own.items()})
+    return part
+
+
+def plan_batch(tiles: Sequence[Tile], tile_shape: Shape3D, noise_tilt: float = 90.0, noise_pink: float = 0.0) -> TileBatch:
+    """Collect what a batch of tiles is made of.
+
+    Parameters
+    ----------
+    tiles
+        Their classes are those of the first.
+    noise_tilt, noise_pink
+        See `Augmentation`.
+    """
+    class_num = len(tiles[0].sigma_voxel)
+    straight: dict[tuple[int, ...], list[int]] = {}
+    turned = []
+    for item, tile in enumerate(tiles):
+        pose = tile.pose
+        if pose.is_straight and not any((np.array(pose.center_zyx) - (np.array(tile_shape) - 1) / 2) % 1):
+            flips = tuple(axis for axis, flip in ((-3, pose.flip_z), (-1, pose.flip_x)) if flip)
+            straight.setdefault(flips, []).append(item)
+        else:
+            turned.append(item)
+    boxes = [_straight_boxes(tiles, items, tile_shape, flips) for flips, items in straight.items()]
+    if turned:
+        boxes.append(_turned_boxes(tiles, turned, tile_shape))
+    gain, shift = (
+        torch.tensor([getattr(tile.intensity, name) for tile in tiles], dtype=torch.float32).reshape(-1, 1, 1, 1)
+        for name in ("gain", "shift")
+    )
+    wedged = [item for item, tile in enumerate(tiles) if tile.intensity.wedge_tilt < 90]
+    wedges = None
+    if wedged:
+        angles = [tiles[item].intensity.wedge_angle for item in wedged]
+        tilts = [tiles[item].intensity.wedge_tilt for item in wedged]
+        wedges = _filters(tiles, wedged, tilts, angles, tile_shape)
+    noisy = [item for item, tile in enumerate(tiles) if tile.intensity.noise_std > 0]
+    noise = None
+    if noisy:
+        keys, std = (
+            torch.tensor([getattr(tiles[item].intensity, name) for item in noisy], dtype=dtype).reshape(-1, 1, 1, 1)
+            for name, dtype in (("noise_key", torch.int64), ("noise_std", torch.float32))
+        )
+        is_white = noise_tilt >= 90 and not noise_pink
+        filters = None if is_white else _filters(tiles, noisy, [noise_tilt] * len(noisy), [0.0] * len(noisy), tile_shape)
+        noise = Noise(torch.tensor(noisy), keys, std, filters, noise_pink)
+    gaussians = _gaussians(tiles, tile_shape, class_num)
+    return TileBatch(len(tiles), tile_shape, class_num, boxes, gaussians, wedges, gain, shift, noise)
+
+
+def _as_shape(row: NDArray[np.int_]) -> Shape3D:
+    z, y, x = row.tolist()
+    return z, y, x
+
+
+def _straight_boxes(
+    tiles: Sequence[Tile], items: list[int], tile_shape: Shape3D, flips: tuple[int, ...]
+) -> Boxes:
+    starts = [_as_shape(tiles[item].pose.box(tile_shape)[0]) for item in items]
+    return Boxes(
+        torch.tensor(items), tuple(tiles[item].volume for item in items), tuple(starts), tile_shape, flips=flips
+    )
+
+
+def _turned_boxes(tiles: Sequence[Tile], items: list[int], tile_shape: Shape3D) -> Boxes:
+    poses = [tiles[item].pose for item in items]
+    corners = [pose.box(tile_shape) for pose in poses]
+    shape = _as_shape(np.max([high - low for low, high in corners], 0))
+    half = (np.array(tile_shape) - 1) / 2
+    last = np.maximum(np.array(shape) - 1, 1)[:, None]
+    to_box = [
+        np.column_stack([pose.matrix * half, np.array(pose.center_zyx) - low - last[:, 0] / 2]) * 2 / last
+        for pose, (low, _) in zip(poses, corners, strict=True)
+    ]
+    return Boxes(
+        torch.tensor(items),
+        tuple(tiles[item].volume for item in items),
+        tuple(_as_shape(low) for low, _ in corners),
+        shape,
+        to_box=torch.from_numpy(np.stack(to_box).astype(np.float32)),
+        is_tilted=any(pose.tilt for pose in poses),
+    )
+
+
+def _filters(
+    tiles: Sequence[Tile], items: list[int], tilts: Sequence[float], angles: Sequence[float], tile_shape: Shape3D
+) -> Filters:
+    matrices = [tiles[item].pose.to_tilt_frame(angle) for item, angle in zip(items, angles, strict=True)]
+    spacing: Spacing3D = tiles[items[0]].pose.voxel_spacing
+    return Filters(
+        torch.tensor(items),
+        torch.from_numpy(np.stack(matrices).astype(np.float32)),
+        torch.deg2rad(torch.tensor(tilts, dtype=torch.float32)),
+        1 / (tile_shape[0] * spacing[0]),
+    )
+
+
+def _gaussians(tiles: Sequence[Tile], tile_shape: Shape3D, class_num: int) -> Gaussians:
+    """Collect the particles whose Gaussians reach into their tile."""
+    channels, centers, sigmas = [], [], []
+    for item, tile in enumerate(tiles):
+        center = tile.pose.to_tile(tile.centers_zyx, tile_shape)
+        sigma = (tile.sigma_voxel / tile.pose.scale)[tile.channels]
+        # Axes of the tile are axes of the Gaussian: turns are those of the specimen, where it is a ball.
+        reach = TRUNCATE * sigma
+        seen = ((center + reach >= 0) & (center - reach <= np.array(tile_shape) - 1)).all(1)
+        channels.append(item * class_num + tile.channels[seen])
+        centers.append(center[seen])
+        sigmas.append(sigma[seen])
+    channel = np.concatenate(channels)
+    # The first particle of every channel before the second ones, and so on.
+    order = np.argsort(channel, kind="stable")
+    ordered = channel[order]
+    layer = np.empty(len(channel), int)
+    layer[order] = np.arange(len(channel)) - np.searchsorted(ordered, ordered)
+    order = np.argsort(layer, kind="stable")
+    return Gaussians(
+        torch.from_numpy(channel[order]),
+        torch.from_numpy(np.concatenate(centers)[order].astype(np.float32)),
+        torch.from_numpy(np.concatenate(sigmas)[order].astype(np.float32)),
+        tuple(np.bincount(layer).tolist()),
+    )
+
+
+def cut(volumes: Sequence[Tensor], boxes: Boxes, dtype: torch.dtype) -> Tensor:
+    """Copy boxes out of volumes, ``(n, d, h, w)``; outside them, the mean (0).
+
+    One copy a box: a fraction of what a gather by index would move.
+    """
+    device = volumes[boxes.volumes[0]].device
+    voxels = torch.empty((len(boxes.starts), *boxes.shape), dtype=dtype, device=device)
+    for box, number, start in zip(voxels, boxes.volumes, boxes.starts, strict=True):
+        volume = volumes[number]
+        low = [max(a, 0) for a in start]
+        high = [min(a + side, end) for a, side, end in zip(start, boxes.shape, volume.shape, strict=True)]
+        if [b - a for a, b in zip(low, high, strict=True)] != list(boxes.shape):
+            box.zero_()
+        if all(a < b for a, b in zip(low, high, strict=True)):
+            place = tuple(slice(a - s, b - s) for a, b, s in zip(low, high, start, strict=True))
+            box[place].copy_(volume[tuple(slice(a, b) for a, b in zip(low, high, strict=True))])
+    return voxels
+
+
+def empty(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Return an empty tensor; in a worker process, one in shared memory, which is not copied on its way out."""
+    if torch.utils.data.get_worker_info() is None or device.type != "cpu":
+        return torch.empty(tuple(shape), dtype=dtype, device=device)
+    # As torch's own default_collate does.
+    storage = torch.UntypedStorage._new_shared(math.prod(shape) * dtype.itemsize)
+    return torch.empty(0, dtype=dtype).set_(storage, 0, tuple(shape))  # type: ignore[call-overload]
+
+
+def make_tiles(
+    batch: TileBatch, volumes: Sequence[Tensor], out: tuple[Tensor, Tensor] | None = None
+) -> tuple[Tensor, Tensor]:
+    """Make the images and heatmaps of a batch, on the device of its tensors.
+
+    Parameters
+    ----------
+    batch
+        From `plan_batch`.
+    volumes
+        ``(D, H, W)`` float16 each; not used where the batch's boxes are cut.
+    out
+        Where to write them, or ``None``.
+
+    Returns
+    -------
+    image, heatmap
+        ``(B, 1, D, H, W)`` and ``(B, C, D, H, W)``, float32.
+    """
+    device = batch.gain.device
+    if out is None:
+        shapes = [(batch.size, channels, *batch.tile_shape) for channels in (1, batch.class_num)]
+        out = (empty(shapes[0], torch.float32, device), empty(shapes[1], torch.float32, device))
+    image, heatmap = out
+    tiles = _sample(batch.cut_from(volumes))
+    if batch.wedges is not None:
+        tiles[batch.wedges.items] = lose_wedge(tiles[batch.wedges.items], batch.wedges)
+    torch.addcmul(batch.shift, tiles, batch.gain, out=image[:, 0])
+    if batch.noise is not None:
+        image[batch.noise.items, 0] += make_noise(batch.noise, batch.tile_shape)
+    render_heatmaps(batch.gaussians, heatmap)
+    return image, heatmap
+
+
+def _sample(batch: TileBatch) -> Tensor:
+    """Return the tiles ``(B, D, H, W)`` of a batch whose boxes are cut."""
+    if len(batch.boxes) == 1:
+        return resample(batch.boxes[0], batch.tile_shape)
+    tiles = torch.empty((batch.size, *batch.tile_shape), device=batch.gain.device)
+    for boxes in batch.boxes:
+        tiles[boxes.items] = resample(boxes, batch.tile_shape)
+    return tiles
+
+
+def resample(boxes: Boxes, tile_shape: Shape3D) -> Tensor:
+    """Return tiles ``(n, D, H, W)``, float32, by linear interpolation in boxes that are cut."""
+    assert boxes.voxels is not None
+    if boxes.to_box is None:
+        return boxes.voxels.flip(boxes.flips).float() if boxes.flips else boxes.voxels.float()
+    voxels = boxes.voxels.float()
+    depth, height, width = tile_shape
+    z, y, x = (_minus_one_to_one(side, voxels.device) for side in tile_shape)
+    if boxes.is_tilted:
+        by_z, by_y, by_x, middle = (column[:, None, None, None] for column in boxes.to_box.flip(1).unbind(-1))
+        grid = by_z * z[:, None, None, None] + by_y * y[:, None, None] + by_x * x[:, None] + middle
+        return F.grid_sample(voxels[:, None], grid, align_corners=True)[:, 0]
+    # The pose never mixes z with the plane, so the slices are channels of one 2D resampling ...
+    by_y, by_x, middle = (column[:, None, None] for column in boxes.to_box[:, 1:, 1:].flip(1).unbind(-1))
+    turned = F.grid_sample(voxels, by_y * y[:, None, None] + by_x * x[:, None] + middle, align_corners=True)
+    # ... and z is interpolated by a small matrix.
+    source_z = (boxes.to_box[:, 0, 0, None] * z + boxes.to_box[:, 0, 3, None] + 1) * (max(boxes.shape[0] - 1, 1) / 2)
+    weights = (1 - (source_z[..., None] - torch.arange(boxes.shape[0], device=voxels.device)).abs()).clamp_min(0)
+    return (weights @ turned.flatten(2)).unflatten(2, (height, width))
+
+
+def _minus_one_to_one(side: int, device: torch.device) -> Tensor:
+    return (torch.arange(side, device=device) * 2 - (side - 1)) / max(side - 1, 1)
+
+
+def render_heatmaps(gaussians: Gaussians, out: Tensor) -> Tensor:
+    """Render the heatmaps of a batch into ``(B, C, D, H, W)``, as `czii25d.heatmap.render_heatmap` renders one.
+
+    A Gaussian is the product of its profiles, so a channel with one particle, or none, is one product; further
+    particles of a channel are laid over it.
+    """
+    *_, depth, height, width = out.shape
+    channels = out.view(-1, depth, height, width)
+    profiles = []
+    for axis, side in enumerate((depth, height, width)):
+        distance = torch.arange(side, device=out.device) - gaussians.centers[:, axis, None]
+        distance = distance / gaussians.sigma[:, axis, None]
+        profiles.append(torch.exp(-0.5 * distance.square()) * (distance.abs() <= TRUNCATE))
+    start = gaussians.layers[0] if gaussians.layers else 0
+    z, y, x = (
+        torch.zeros(len(channels), profile.shape[1], device=out.device).index_copy_(
+            0, gaussians.channels[:start], profile[:start]
+        )
+        for profile in profiles
+    )
+    torch.mul(z[:, :, None, None], (y[:, :, None] * x[:, None])[:, None], out=channels)
+    for count in gaussians.layers[1:]:
+        z, y, x = (profile[start : start + count] for profile in profiles)
+        places = gaussians.channels[start : start + count]
+        over = z[:, :, None, None] * (y[:, :, None] * x[:, None])[:, None]
+        channels[places] = torch.maximum(channels[places], over)
+        start += count
+    return out
+
+
+def lose_wedge(tiles: Tensor, wedges: Filters) -> Tensor:
+    """Filter tiles ``(n, D, H, W)`` as if tilt series of a smaller range had shown them.
+
+    The mean and the standard deviation of each stay: a tomogram with a larger wedge is normalised like any other.
+    """
+    std, mean = torch.std_mean(tiles, dim=(1, 2, 3), keepdim=True)
+    spectrum = torch.fft.rfftn(tiles - mean, dim=(1, 2, 3))
+    frequencies = _frequencies(wedges, tiles.shape[1:])
+    filtered = torch.fft.irfftn(spectrum * _measured(frequencies, wedges), tiles.shape[1:], dim=(1, 2, 3))
+    return filtered * (std / filtered.std(dim=(1, 2, 3), keepdim=True).clamp_min(1e-6)) + mean
+
+
+def make_noise(noise: Noise, tile_shape: Shape3D) -> Tensor:
+    """Return ``(n, D, H, W)`` noise that is a function of the keys: the same for any batch, on any device."""
+    values = keyed_normal(noise.keys, tile_shape)
+    if noise.filters is not None:
+        frequencies = _frequencies(noise.filters, tile_shape)
+        gain = _measured(frequencies, noise.filters)
+        if noise.pink:
+            length = frequencies.square().sum(-1).sqrt()
+            gain = gain * length.clamp_min(noise.filters.softness / 4) ** (-noise.pink / 2)
+        spectrum = torch.fft.rfftn(values, dim=(1, 2, 3)) * gain
+        values = torch.fft.irfftn(spectrum, tile_shape, dim=(1, 2, 3))
+        values = values / values.std(dim=(1, 2, 3), keepdim=True)
+    return values * noise.std
+
+
+def keyed_normal(keys: Tensor, tile_shape: Shape3D) -> Tensor:
+    """Return a standard normal number for each voxel of each key, ``(n, D, H, W)`` for keys ``(n, 1, 1, 1)``.
+
+    The voxel's number plus the key goes through a 32-bit integer hash (C. Wellons and T. Thielen's hash prospector,
+    github.com/skeeto/hash-prospector: 16 21f0aaad 15 735a2d97 15), so that no generator has a state that a batch or a
+    device would share. Products stay below 2^63.
+    """
+    voxel = torch.arange(math.prod(tile_shape), device=keys.device).reshape(tile_shape)
+    bits = (voxel * 0x9E3779B1 + keys) & 0xFFFFFFFF
+    bits = (bits ^ (bits >> 16)) * 0x21F0AAAD & 0xFFFFFFFF
+    bits = (bits ^ (bits >> 15)) * 0x735A2D97 & 0xFFFFFFFF
+    bits = (bits ^ (bits >> 15)) >> 9  # float32 holds so many, and a half
+    return torch.erfinv((bits.float() + 0.5) / 2**22 - 1) * math.sqrt(2)
+
+
+def _frequencies(filters: Filters, tile_shape: Sequence[int]) -> Tensor:
+    """Return ``(n, D, H, W // 2 + 1, 3)``: z y x of the tilt series' frame for every frequency of a tile."""
+    device = filters.tilt.device
+    axes = [torch.fft.fftfreq(side, device=device) for side in tile_shape[:2]]
+    axes.append(torch.fft.rfftfreq(tile_shape[2], device=device))
+    z, y, x = (column[:, None, None, None] for column in filters.to_tilt_frame.unbind(-1))  # (n, 1, 1, 1, 3)
+    return z * axes[0][:, None, None, None] + y * axes[1][:, None, None] + x * axes[2][:, None]
+
+
+def _measured(frequencies: Tensor, filters: Filters) -> Tensor:
+    """Return 1 for frequencies within the tilts, 0 in the missing wedge, between them a slope of one sample.
+
+    The beam is along z, the tilt axis along y, as in `czii25d.phantom`.
+    """
+    tilt = filters.tilt[:, None, None, None]
+    outside = frequencies[..., 0].abs() * torch.cos(tilt) - frequencies[..., 2].abs() * torch.sin(tilt)
+    return (1 - outside / filters.softness).clamp(0, 1)
