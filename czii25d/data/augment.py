@@ -60,12 +60,25 @@ class Pose:
     @cached_property
     def matrix(self) -> NDArray[np.float64]:
         """``(3, 3)``: a step in tile voxels, z y x, to the step in tomogram voxels."""
-        mirror = np.array([-1.0 if self.flip_z else 1.0, 1.0, -1.0 if self.flip_x else 1.0])
+        return self._turn / np.array(self.voxel_spacing)[:, None] * self._steps
+
+    @cached_property
+    def inverse(self) -> NDArray[np.float64]:
+        """``(3, 3)``: a step in tomogram voxels to the step in tile voxels."""
+        return self._turn.T * np.array(self.voxel_spacing) / self._steps[:, None]
+
+    @cached_property
+    def _turn(self) -> NDArray[np.float64]:
         turn = turn_about_z(self.angle)
-        if self.tilt:
-            turn = turn @ _turn_about((0.0, math.cos(self.tilt_axis), math.sin(self.tilt_axis)), self.tilt)
-        spacing = np.array(self.voxel_spacing)
-        return turn / spacing[:, None] * (spacing * self.scale * mirror)
+        if not self.tilt:
+            return turn
+        return turn @ _turn_about((0.0, math.cos(self.tilt_axis), math.sin(self.tilt_axis)), self.tilt)
+
+    @property
+    def _steps(self) -> NDArray[np.float64]:
+        """Lengths of the tile's voxels along its axes, in the unit of the spacing, below 0 where mirrored."""
+        (sz, sy, sx), (z, y, x) = self.scale, self.voxel_spacing
+        return np.array([-z * sz if self.flip_z else z * sz, y * sy, -x * sx if self.flip_x else x * sx])
 
     @property
     def is_straight(self) -> bool:
@@ -80,7 +93,7 @@ class Pose:
     def to_tile(self, points_zyx: NDArray[np.float64], tile_shape: Shape3D) -> NDArray[np.float64]:
         """Map ``(N, 3)`` voxel positions in the tomogram to positions in the tile."""
         middle = (np.array(tile_shape) - 1) / 2
-        return (points_zyx - np.asarray(self.center_zyx)) @ np.linalg.inv(self.matrix).T + middle
+        return (points_zyx - np.asarray(self.center_zyx)) @ self.inverse.T + middle
 
     def box(self, tile_shape: Shape3D) -> tuple[NDArray[np.int_], NDArray[np.int_]]:
         """Return the first and one-past-last voxel, z y x, of the part of the tomogram that the tile shows."""
@@ -90,11 +103,11 @@ class Pose:
         return low, high
 
     def to_tilt_frame(self, angle: float = 0.0) -> NDArray[np.float64]:
-        """``(3, 3)``: a spatial frequency of the tile, cycles per voxel, to one of the tilt series, per unit of spacing.
+        """``(3, 3)``: a frequency of the tile, cycles per voxel, to one of the tilt series, per unit of spacing.
 
         There the beam is along z and the tilt axis along y, after a turn of the tilt axis by ``angle`` radians.
         """
-        return turn_about_z(-angle) @ (np.linalg.inv(self.matrix).T / np.array(self.voxel_spacing)[:, None])
+        return turn_about_z(-angle) @ (self.inverse.T / np.array(self.voxel_spacing)[:, None])
 
 
 def turn_about_z(angle: float) -> NDArray[np.float64]:

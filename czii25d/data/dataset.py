@@ -65,8 +65,8 @@ class TileDataset(Dataset[tuple[Tensor, Tensor]]):
     Attributes
     ----------
     delivers
-        What a loader's batch is. ``"tiles"``: images and heatmaps, made here one tile at a time, which fits a CPU's
-        cache. ``"boxes"``: a `TileBatch` whose boxes are cut, to be made elsewhere; ``"plans"``: one without voxels.
+        What a loader's batch is. ``"tiles"``: images and heatmaps. ``"boxes"``: a `TileBatch` whose boxes are cut, to
+        be made elsewhere; ``"plans"``: one without voxels.
 
     Parameters
     ----------
@@ -88,6 +88,7 @@ class TileDataset(Dataset[tuple[Tensor, Tensor]]):
         self.volumes, self.targets = list(volumes), list(targets)
         self.delivers: Delivery = "tiles"
         self._voxels: list[Tensor] | None = None
+        self._sigmas = [target.sigma_voxel for target in targets]
         self.tile_shape, self.sampling, self.augmentation, self.seed = (
             tile_shape,
             sampling,
@@ -127,9 +128,7 @@ class TileDataset(Dataset[tuple[Tensor, Tensor]]):
         cpu, classes = torch.device("cpu"), len(self.targets[0].particles)
         image = empty((len(keys), 1, *self.tile_shape), torch.float32, cpu)
         heatmap = empty((len(keys), classes, *self.tile_shape), torch.float32, cpu)
-        for item, key in enumerate(keys):
-            make_tiles(self.plan([key]), self.voxels, (image[item : item + 1], heatmap[item : item + 1]))
-        return image, heatmap
+        return make_tiles(self.plan(keys), self.voxels, (image, heatmap))
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave out the voxels: a worker that is started anew maps the files."""
@@ -160,7 +159,7 @@ class TileDataset(Dataset[tuple[Tensor, Tensor]]):
         intensity = self.augmentation.draw_intensity(rng)
         gain, shift = gain_and_shift(volume.mean, volume.std, volume.normalization)
         intensity = replace(intensity, gain=intensity.gain * gain, shift=intensity.gain * shift + intensity.shift)
-        return Tile(run, pose, intensity, target.centers_zyx_voxel, target.channels, target.sigma_voxel)
+        return Tile(run, pose, intensity, target.centers_zyx_voxel, target.channels, self._sigmas[run])
 
     def _draw_center(self, index: int, rng: np.random.Generator) -> tuple[int, tuple[float, float, float]]:
         """Draw a run and where in it the middle of a tile lies; the unturned tile is inside the volume."""

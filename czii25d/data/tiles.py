@@ -1,9 +1,8 @@
 """Training tiles in batches, on any device: cut from the volumes, resampled in their poses, their heatmaps rendered.
 
 What is random has been drawn before (`czii25d.data.augment`), on the host and item by item. Here are the voxels: boxes
-of the volumes, wherever these lie, are copied, and everything else is done to the whole batch at once on the device of
-the boxes. The same code serves a CPU, one tile at a time, which fits its cache, and a GPU. Nothing waits for a GPU: no
-value is read back from it.
+of the volumes, wherever these lie, are copied, and everything else is done to the whole batch at once on the device
+that the boxes have come to, CPU or GPU. Nothing waits for a GPU: no value is read back from it.
 """
 
 from __future__ import annotations
@@ -65,8 +64,8 @@ class Boxes:
     flips
         For tiles that are boxes: the axes along which these are mirrored.
     to_box
-        ``(n, 3, 4)``: from a place in the tile, z y x from -1 to 1, to one in the box, likewise; ``None`` for tiles that
-        are boxes.
+        ``(n, 3, 4)``: from a place in the tile, z y x from -1 to 1, to one in the box, likewise; ``None`` for tiles
+        that are boxes.
     is_tilted
         Whether some tile's planes are no planes of its box.
     """
@@ -87,18 +86,19 @@ class Gaussians:
 
     Parameters
     ----------
-    channels
-        ``(N,)``: the place in the batch times the number of classes, plus the class.
     centers, sigma
         ``(N, 3)`` in voxels of the tile, z y x.
-    layers
-        The first so many are of different channels, so are the next so many, and so on.
+    channels
+        ``(M,)``: the channel of the first ``M``, no two of which share one. A channel is the place in the batch times
+        the number of classes, plus the class.
+    others
+        Channel and place, z y x, of each of the remaining.
     """
 
-    channels: Tensor
     centers: Tensor
     sigma: Tensor
-    layers: tuple[int, ...]
+    channels: Tensor
+    others: tuple[tuple[int, tuple[slice, ...]], ...]
 
 
 @dataclass(frozen=True)
@@ -202,7 +202,9 @@ def _map_tensors(part: Any, change: Any) -> Any:
     return part
 
 
-def plan_batch(tiles: Sequence[Tile], tile_shape: Shape3D, noise_tilt: float = 90.0, noise_pink: float = 0.0) -> TileBatch:
+def plan_batch(
+    tiles: Sequence[Tile], tile_shape: Shape3D, noise_tilt: float = 90.0, noise_pink: float = 0.0
+) -> TileBatch:
     """Collect what a batch of tiles is made of.
 
     Parameters
@@ -243,7 +245,9 @@ def plan_batch(tiles: Sequence[Tile], tile_shape: Shape3D, noise_tilt: float = 9
             for name, dtype in (("noise_key", torch.int64), ("noise_std", torch.float32))
         )
         is_white = noise_tilt >= 90 and not noise_pink
-        filters = None if is_white else _filters(tiles, noisy, [noise_tilt] * len(noisy), [0.0] * len(noisy), tile_shape)
+        filters = (
+            None if is_white else _filters(tiles, noisy, [noise_tilt] * len(noisy), [0.0] * len(noisy), tile_shape)
+        )
         noise = Noise(torch.tensor(noisy), keys, std, filters, noise_pink)
     gaussians = _gaussians(tiles, tile_shape, class_num)
     return TileBatch(len(tiles), tile_shape, class_num, boxes, gaussians, wedges, gain, shift, noise)
@@ -254,9 +258,7 @@ def _as_shape(row: NDArray[np.int_]) -> Shape3D:
     return z, y, x
 
 
-def _straight_boxes(
-    tiles: Sequence[Tile], items: list[int], tile_shape: Shape3D, flips: tuple[int, ...]
-) -> Boxes:
+def _straight_boxes(tiles: Sequence[Tile], items: list[int], tile_shape: Shape3D, flips: tuple[int, ...]) -> Boxes:
     starts = [_as_shape(tiles[item].pose.box(tile_shape)[0]) for item in items]
     return Boxes(
         torch.tensor(items), tuple(tiles[item].volume for item in items), tuple(starts), tile_shape, flips=flips
@@ -301,25 +303,28 @@ def _gaussians(tiles: Sequence[Tile], tile_shape: Shape3D, class_num: int) -> Ga
     channels, centers, sigmas = [], [], []
     for item, tile in enumerate(tiles):
         center = tile.pose.to_tile(tile.centers_zyx, tile_shape)
-        sigma = (tile.sigma_voxel / tile.pose.scale)[tile.channels]
         # Axes of the tile are axes of the Gaussian: turns are those of the specimen, where it is a ball.
-        reach = TRUNCATE * sigma
-        seen = ((center + reach >= 0) & (center - reach <= np.array(tile_shape) - 1)).all(1)
+        sigma = (tile.sigma_voxel / tile.pose.scale)[tile.channels]
+        middle = (np.array(tile_shape) - 1) / 2
+        seen = np.flatnonzero((np.abs(center - middle) <= middle + TRUNCATE * sigma).all(1))
         channels.append(item * class_num + tile.channels[seen])
         centers.append(center[seen])
         sigmas.append(sigma[seen])
-    channel = np.concatenate(channels)
-    # The first particle of every channel before the second ones, and so on.
-    order = np.argsort(channel, kind="stable")
-    ordered = channel[order]
-    layer = np.empty(len(channel), int)
-    layer[order] = np.arange(len(channel)) - np.searchsorted(ordered, ordered)
-    order = np.argsort(layer, kind="stable")
+    center, sigma = np.concatenate(centers), np.concatenate(sigmas)
+    first: dict[int, int] = {}
+    others = []
+    for particle, channel in enumerate(np.concatenate(channels).tolist()):
+        if first.setdefault(channel, particle) != particle:
+            low = np.maximum(np.ceil(center[particle] - TRUNCATE * sigma[particle]), 0).astype(int).tolist()
+            stop = np.floor(center[particle] + TRUNCATE * sigma[particle]).astype(int) + 1
+            place = tuple(slice(a, b) for a, b in zip(low, stop.tolist(), strict=True))
+            others.append((particle, channel, place))
+    order = [*first.values(), *(particle for particle, _, _ in others)]
     return Gaussians(
-        torch.from_numpy(channel[order]),
-        torch.from_numpy(np.concatenate(centers)[order].astype(np.float32)),
-        torch.from_numpy(np.concatenate(sigmas)[order].astype(np.float32)),
-        tuple(np.bincount(layer).tolist()),
+        torch.from_numpy(center[order].astype(np.float32)),
+        torch.from_numpy(sigma[order].astype(np.float32)),
+        torch.tensor(list(first), dtype=torch.int64),
+        tuple((channel, place) for _, channel, place in others),
     )
 
 
@@ -401,7 +406,6 @@ def resample(boxes: Boxes, tile_shape: Shape3D) -> Tensor:
     if boxes.to_box is None:
         return boxes.voxels.flip(boxes.flips).float() if boxes.flips else boxes.voxels.float()
     voxels = boxes.voxels.float()
-    depth, height, width = tile_shape
     z, y, x = (_minus_one_to_one(side, voxels.device) for side in tile_shape)
     if boxes.is_tilted:
         by_z, by_y, by_x, middle = (column[:, None, None, None] for column in boxes.to_box.flip(1).unbind(-1))
@@ -413,7 +417,7 @@ def resample(boxes: Boxes, tile_shape: Shape3D) -> Tensor:
     # ... and z is interpolated by a small matrix.
     source_z = (boxes.to_box[:, 0, 0, None] * z + boxes.to_box[:, 0, 3, None] + 1) * (max(boxes.shape[0] - 1, 1) / 2)
     weights = (1 - (source_z[..., None] - torch.arange(boxes.shape[0], device=voxels.device)).abs()).clamp_min(0)
-    return (weights @ turned.flatten(2)).unflatten(2, (height, width))
+    return (weights @ turned.flatten(2)).unflatten(2, tile_shape[1:])
 
 
 def _minus_one_to_one(side: int, device: torch.device) -> Tensor:
@@ -423,8 +427,8 @@ def _minus_one_to_one(side: int, device: torch.device) -> Tensor:
 def render_heatmaps(gaussians: Gaussians, out: Tensor) -> Tensor:
     """Render the heatmaps of a batch into ``(B, C, D, H, W)``, as `czii25d.heatmap.render_heatmap` renders one.
 
-    A Gaussian is the product of its profiles, so a channel with one particle, or none, is one product; further
-    particles of a channel are laid over it.
+    A Gaussian is the product of its profiles, so that all channels with one particle, or none, are one product. The few
+    further particles of a channel are laid over it.
     """
     *_, depth, height, width = out.shape
     channels = out.view(-1, depth, height, width)
@@ -433,20 +437,18 @@ def render_heatmaps(gaussians: Gaussians, out: Tensor) -> Tensor:
         distance = torch.arange(side, device=out.device) - gaussians.centers[:, axis, None]
         distance = distance / gaussians.sigma[:, axis, None]
         profiles.append(torch.exp(-0.5 * distance.square()) * (distance.abs() <= TRUNCATE))
-    start = gaussians.layers[0] if gaussians.layers else 0
+    count = len(gaussians.channels)
     z, y, x = (
         torch.zeros(len(channels), profile.shape[1], device=out.device).index_copy_(
-            0, gaussians.channels[:start], profile[:start]
+            0, gaussians.channels, profile[:count]
         )
         for profile in profiles
     )
     torch.mul(z[:, :, None, None], (y[:, :, None] * x[:, None])[:, None], out=channels)
-    for count in gaussians.layers[1:]:
-        z, y, x = (profile[start : start + count] for profile in profiles)
-        places = gaussians.channels[start : start + count]
-        over = z[:, :, None, None] * (y[:, :, None] * x[:, None])[:, None]
-        channels[places] = torch.maximum(channels[places], over)
-        start += count
+    for number, (channel, place) in enumerate(gaussians.others, count):
+        z, y, x = (profile[number, along] for profile, along in zip(profiles, place, strict=True))
+        under = channels[channel][place]
+        torch.maximum(under, z[:, None, None] * (y[:, None] * x), out=under)
     return out
 
 
