@@ -80,7 +80,7 @@ def test_items_depend_on_seed_epoch_and_index_alone(opened) -> None:
     assert not np.array_equal(one[3][0], one[3 + len(one)][0])
 
 
-EVERYTHING = Augmentation(tilt_range=5, noise_prob=0.5, noise_tilt=60, wedge_prob=0.3, flip_z_prob=0.5)
+EVERYTHING = Augmentation(tilt_range=5, noise_prob=0.5, noise_tilt=60, wedge_prob=0.3, flip_z_prob=0.5, paste_prob=0.5)
 
 
 def test_a_batch_is_its_items_wherever_it_is_made(opened) -> None:

@@ -172,6 +172,8 @@ class Augmentation:
     wedge_prob, wedge_tilt_min, wedge_tilt_max
         Probability that a tile loses a further missing wedge: that of a tilt series up to so many degrees, its axis
         anywhere in the plane.
+    paste_prob
+        Probability that a tile gains a particle from elsewhere, see `czii25d.data.paste`.
     """
 
     rotate_prob: float = 0.5
@@ -190,6 +192,7 @@ class Augmentation:
     wedge_prob: float = 0.0
     wedge_tilt_min: float = 40.0
     wedge_tilt_max: float = 60.0
+    paste_prob: float = 0.0
 
     def __post_init__(self) -> None:
         for field in fields(self):

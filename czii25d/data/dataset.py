@@ -13,6 +13,7 @@ from torch.utils.data import Dataset, Sampler
 
 from czii25d.data.augment import Augmentation
 from czii25d.data.cache import load_volumes
+from czii25d.data.paste import Pasting
 from czii25d.data.targets import HeatmapTarget
 from czii25d.data.tiles import Tile, TileBatch, empty, make_tiles, plan_batch
 from czii25d.data.volumes import Volume, gain_and_shift
@@ -95,6 +96,7 @@ class TileDataset(Dataset[tuple[Tensor, Tensor]]):
             augmentation,
             seed,
         )
+        self._pasting = Pasting(targets) if augmentation.paste_prob else None
         d, h, w = (max(1, side // 2) for side in tile_shape)
         self._grid = [
             (run, start)
@@ -159,7 +161,10 @@ class TileDataset(Dataset[tuple[Tensor, Tensor]]):
         intensity = self.augmentation.draw_intensity(rng)
         gain, shift = gain_and_shift(volume.mean, volume.std, volume.normalization)
         intensity = replace(intensity, gain=intensity.gain * gain, shift=intensity.gain * shift + intensity.shift)
-        return Tile(run, pose, intensity, target.centers_zyx_voxel, target.channels, self._sigmas[run])
+        paste = None
+        if self._pasting is not None and rng.random() < self.augmentation.paste_prob:
+            paste = self._pasting.draw(run, pose, self.tile_shape, rng)
+        return Tile(run, pose, intensity, target.centers_zyx_voxel, target.channels, self._sigmas[run], paste)
 
     def _draw_center(self, index: int, rng: np.random.Generator) -> tuple[int, tuple[float, float, float]]:
         """Draw a run and where in it the middle of a tile lies; the unturned tile is inside the volume."""

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from czii25d.data.augment import Intensity, Pose
+from czii25d.data.paste import SOFT_EDGE, Paste
 from czii25d.geometry import Shape3D, Spacing3D
 from czii25d.heatmap import TRUNCATE
 
@@ -37,6 +38,8 @@ class Tile:
         How it lies, and what happens to its values.
     centers_zyx, channels, sigma_voxel
         Particles in the tomogram: ``(N, 3)`` fractional indices, ``(N,)`` classes; and of each class ``(C, 3)``.
+    paste
+        A particle that it gains.
     """
 
     volume: int
@@ -45,6 +48,7 @@ class Tile:
     centers_zyx: NDArray[np.float64]
     channels: NDArray[np.intp]
     sigma_voxel: NDArray[np.float64]
+    paste: Paste | None = None
 
 
 @dataclass(frozen=True)
@@ -102,6 +106,30 @@ class Gaussians:
 
 
 @dataclass(frozen=True)
+class Pastes:
+    """Balls that are laid over tiles.
+
+    Parameters
+    ----------
+    boxes
+        What they are copied from.
+    shape
+        Of the cubes about the balls.
+    tiles, starts
+        Each cube's tile in the batch, and its first voxel there; it may reach beyond the tile.
+    offsets, steps
+        ``(n, 3)``: from the particle to the cube's first voxel, and the length of a voxel in radii, z y x.
+    """
+
+    boxes: Boxes
+    shape: Shape3D
+    tiles: tuple[int, ...]
+    starts: tuple[Shape3D, ...]
+    offsets: Tensor
+    steps: Tensor
+
+
+@dataclass(frozen=True)
 class Filters:
     """Tiles that meet a function of their frequencies.
 
@@ -145,6 +173,8 @@ class TileBatch:
         Shape of the batch.
     boxes, gaussians
         What its tiles and heatmaps show.
+    pastes
+        What is laid over the tiles; ``None`` for nothing.
     wedges
         Tiles that lose a wedge; ``None`` if there are none.
     gain, shift
@@ -160,19 +190,21 @@ class TileBatch:
         class_num: int,
         boxes: Sequence[Boxes],
         gaussians: Gaussians,
+        pastes: Pastes | None,
         wedges: Filters | None,
         gain: Tensor,
         shift: Tensor,
         noise: Noise | None,
     ) -> None:
         self.size, self.tile_shape, self.class_num = size, tile_shape, class_num
-        self.boxes, self.gaussians, self.wedges = tuple(boxes), gaussians, wedges
+        self.boxes, self.gaussians, self.pastes, self.wedges = tuple(boxes), gaussians, pastes, wedges
         self.gain, self.shift, self.noise = gain, shift, noise
 
+    def _with(self, **parts: Any) -> TileBatch:
+        return TileBatch(**{**vars(self), **parts})
+
     def _map(self, change: Any) -> TileBatch:
-        parts = [_map_tensors(part, change) for part in (self.boxes, self.gaussians, self.wedges)]
-        rest = [_map_tensors(part, change) for part in (self.gain, self.shift, self.noise)]
-        return TileBatch(self.size, self.tile_shape, self.class_num, *parts, *rest)
+        return self._with(**{name: _map_tensors(part, change) for name, part in vars(self).items()})
 
     def to(self, device: torch.device | str) -> TileBatch:
         """Return it with its tensors on a device; from pinned memory, without waiting for them."""
@@ -184,11 +216,14 @@ class TileBatch:
 
     def cut_from(self, volumes: Sequence[Tensor], dtype: torch.dtype = torch.float32) -> TileBatch:
         """Return it with its boxes cut, where they were not yet."""
-        boxes = [
-            each if each.voxels is not None else replace(each, voxels=cut(volumes, each, dtype)) for each in self.boxes
-        ]
-        rest = (self.gaussians, self.wedges, self.gain, self.shift, self.noise)
-        return TileBatch(self.size, self.tile_shape, self.class_num, boxes, *rest)
+
+        def with_voxels(boxes: Boxes) -> Boxes:
+            return boxes if boxes.voxels is not None else replace(boxes, voxels=cut(volumes, boxes, dtype))
+
+        pastes = self.pastes
+        if pastes is not None:
+            pastes = replace(pastes, boxes=with_voxels(pastes.boxes))
+        return self._with(boxes=[with_voxels(each) for each in self.boxes], pastes=pastes)
 
 
 def _map_tensors(part: Any, change: Any) -> Any:
@@ -196,7 +231,7 @@ def _map_tensors(part: Any, change: Any) -> Any:
         return change(part)
     if isinstance(part, tuple) and part and isinstance(part[0], Boxes):
         return tuple(_map_tensors(each, change) for each in part)
-    if isinstance(part, Boxes | Gaussians | Filters | Noise):
+    if isinstance(part, Boxes | Gaussians | Pastes | Filters | Noise):
         own = {field.name: getattr(part, field.name) for field in fields(part)}
         return replace(part, **{name: _map_tensors(value, change) for name, value in own.items()})
     return part
@@ -226,7 +261,8 @@ def plan_batch(
             turned.append(item)
     boxes = [_straight_boxes(tiles, items, tile_shape, flips) for flips, items in straight.items()]
     if turned:
-        boxes.append(_turned_boxes(tiles, turned, tile_shape))
+        poses, volumes = [tiles[item].pose for item in turned], [tiles[item].volume for item in turned]
+        boxes.append(_turned_boxes(turned, volumes, poses, tile_shape))
     gain, shift = (
         torch.tensor([getattr(tile.intensity, name) for tile in tiles], dtype=torch.float32).reshape(-1, 1, 1, 1)
         for name in ("gain", "shift")
@@ -250,7 +286,8 @@ def plan_batch(
         )
         noise = Noise(torch.tensor(noisy), keys, std, filters, noise_pink)
     gaussians = _gaussians(tiles, tile_shape, class_num)
-    return TileBatch(len(tiles), tile_shape, class_num, boxes, gaussians, wedges, gain, shift, noise)
+    pastes = _pastes(tiles)
+    return TileBatch(len(tiles), tile_shape, class_num, boxes, gaussians, pastes, wedges, gain, shift, noise)
 
 
 def _as_shape(row: NDArray[np.int_]) -> Shape3D:
@@ -265,8 +302,7 @@ def _straight_boxes(tiles: Sequence[Tile], items: list[int], tile_shape: Shape3D
     )
 
 
-def _turned_boxes(tiles: Sequence[Tile], items: list[int], tile_shape: Shape3D) -> Boxes:
-    poses = [tiles[item].pose for item in items]
+def _turned_boxes(items: list[int], volumes: list[int], poses: list[Pose], tile_shape: Shape3D) -> Boxes:
     corners = [pose.box(tile_shape) for pose in poses]
     shape = _as_shape(np.max([high - low for low, high in corners], 0))
     half = (np.array(tile_shape) - 1) / 2
@@ -277,11 +313,34 @@ def _turned_boxes(tiles: Sequence[Tile], items: list[int], tile_shape: Shape3D) 
     ]
     return Boxes(
         torch.tensor(items),
-        tuple(tiles[item].volume for item in items),
+        tuple(volumes),
         tuple(_as_shape(low) for low, _ in corners),
         shape,
         to_box=torch.from_numpy(np.stack(to_box).astype(np.float32)),
         is_tilted=any(pose.tilt for pose in poses),
+    )
+
+
+def _pastes(tiles: Sequence[Tile]) -> Pastes | None:
+    items = [item for item, tile in enumerate(tiles) if tile.paste is not None]
+    pastes = [tile.paste for tile in tiles if tile.paste is not None]
+    if not items:
+        return None
+    steps = [np.array(each.pose.voxel_spacing) * each.pose.scale / each.radius for each in pastes]
+    shape = _as_shape(np.ceil(2 * (1 + SOFT_EDGE) / np.min(steps, 0)).astype(int) + 2)
+    half = (np.array(shape) - 1) / 2
+    starts = [np.ceil(each.place_zyx - half).astype(int) for each in pastes]
+    offsets = [start - each.place_zyx for start, each in zip(starts, pastes, strict=True)]
+    poses = []
+    for each, offset in zip(pastes, offsets, strict=True):
+        z, y, x = each.center_zyx + each.pose.matrix @ (half + offset)
+        poses.append(replace(each.pose, center_zyx=(float(z), float(y), float(x))))
+    return Pastes(
+        _turned_boxes(items, [each.volume for each in pastes], poses, shape),
+        shape,
+        tuple(items),
+        tuple(_as_shape(start) for start in starts),
+        *(torch.from_numpy(np.array(rows, np.float32)) for rows in (offsets, steps)),
     )
 
 
@@ -302,29 +361,32 @@ def _gaussians(tiles: Sequence[Tile], tile_shape: Shape3D, class_num: int) -> Ga
     """Collect the particles whose Gaussians reach into their tile."""
     channels, centers, sigmas = [], [], []
     for item, tile in enumerate(tiles):
-        center = tile.pose.to_tile(tile.centers_zyx, tile_shape)
+        center, channel = tile.pose.to_tile(tile.centers_zyx, tile_shape), tile.channels
+        if tile.paste is not None:
+            center = np.concatenate([center, tile.paste.place_zyx[None]])
+            channel = np.append(channel, tile.paste.channel)
         # Axes of the tile are axes of the Gaussian: turns are those of the specimen, where it is a ball.
-        sigma = (tile.sigma_voxel / tile.pose.scale)[tile.channels]
+        sigma = (tile.sigma_voxel / tile.pose.scale)[channel]
         middle = (np.array(tile_shape) - 1) / 2
         seen = np.flatnonzero((np.abs(center - middle) <= middle + TRUNCATE * sigma).all(1))
-        channels.append(item * class_num + tile.channels[seen])
+        channels.append(item * class_num + channel[seen])
         centers.append(center[seen])
         sigmas.append(sigma[seen])
     center, sigma = np.concatenate(centers), np.concatenate(sigmas)
     first: dict[int, int] = {}
     others = []
-    for particle, channel in enumerate(np.concatenate(channels).tolist()):
-        if first.setdefault(channel, particle) != particle:
+    for particle, number in enumerate(np.concatenate(channels).tolist()):
+        if first.setdefault(number, particle) != particle:
             low = np.maximum(np.ceil(center[particle] - TRUNCATE * sigma[particle]), 0).astype(int).tolist()
             stop = np.floor(center[particle] + TRUNCATE * sigma[particle]).astype(int) + 1
             place = tuple(slice(a, b) for a, b in zip(low, stop.tolist(), strict=True))
-            others.append((particle, channel, place))
+            others.append((particle, number, place))
     order = [*first.values(), *(particle for particle, _, _ in others)]
     return Gaussians(
         torch.from_numpy(center[order].astype(np.float32)),
         torch.from_numpy(sigma[order].astype(np.float32)),
         torch.tensor(list(first), dtype=torch.int64),
-        tuple((channel, place) for _, channel, place in others),
+        tuple((number, place) for _, number, place in others),
     )
 
 
@@ -380,7 +442,10 @@ def make_tiles(
         shapes = [(batch.size, channels, *batch.tile_shape) for channels in (1, batch.class_num)]
         out = (empty(shapes[0], torch.float32, device), empty(shapes[1], torch.float32, device))
     image, heatmap = out
-    tiles = _sample(batch.cut_from(volumes))
+    batch = batch.cut_from(volumes)
+    tiles = _sample(batch)
+    if batch.pastes is not None:
+        paste(tiles, batch.pastes)
     if batch.wedges is not None:
         tiles[batch.wedges.items] = lose_wedge(tiles[batch.wedges.items], batch.wedges)
     torch.addcmul(batch.shift, tiles, batch.gain, out=image[:, 0])
@@ -422,6 +487,23 @@ def resample(boxes: Boxes, tile_shape: Shape3D) -> Tensor:
 
 def _minus_one_to_one(side: int, device: torch.device) -> Tensor:
     return (torch.arange(side, device=device) * 2 - (side - 1)) / max(side - 1, 1)
+
+
+def paste(tiles: Tensor, pastes: Pastes) -> None:
+    """Lay balls over tiles ``(B, D, H, W)``, in place; beyond their radius they fade out."""
+    balls = resample(pastes.boxes, pastes.shape)
+    squares = [
+        ((torch.arange(side, device=tiles.device) + pastes.offsets[:, axis, None]) * pastes.steps[:, axis, None]) ** 2
+        for axis, side in enumerate(pastes.shape)
+    ]
+    radii = (squares[0][:, :, None, None] + squares[1][:, :, None] + squares[2][:, None, None]).sqrt()
+    weights = ((1 + SOFT_EDGE - radii) / SOFT_EDGE).clamp(0, 1)
+    for item, start, ball, weight in zip(pastes.tiles, pastes.starts, balls, weights, strict=True):
+        low = [max(first, 0) for first in start]
+        high = [min(first + n, side) for first, n, side in zip(start, pastes.shape, tiles.shape[1:], strict=True)]
+        under = tiles[item][tuple(slice(a, b) for a, b in zip(low, high, strict=True))]
+        inside = tuple(slice(a - s, b - s) for a, b, s in zip(low, high, start, strict=True))
+        under.lerp_(ball[inside], weight[inside])
 
 
 def render_heatmaps(gaussians: Gaussians, out: Tensor) -> Tensor:
