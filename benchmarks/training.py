@@ -1,6 +1,6 @@
 """Time training: the data path alone, the step alone, and both together; print a table in Markdown.
 
-``python benchmarks/training.py OUTPUT [--steps 20] [OVERRIDE ...]``, OUTPUT being the folder that 01 and 02 wrote. On a
+``python benchmarks/training.py OUTPUT [--rounds 15] [OVERRIDE ...]``, OUTPUT being the folder that 01 and 02 wrote. On a
 GPU the published settings (batch 32, 16 x 128 x 128, convnext_nano, mixed precision), on a CPU the small preset with
 batch 8, both without pretrained weights; overrides are those of 11_train.py. ``--profile`` prints instead where a
 step's time goes.
@@ -32,7 +32,6 @@ from czii25d.pipeline.train import create_data, create_module
 Batch = tuple[Tensor, Tensor]
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 SETTINGS = ["experiment=reproduce_4th_place"] if DEVICE.type == "cuda" else ["experiment=cpu", "data.batch_size=8"]
-REPEATS = 3
 
 
 def batches(data: TomogramDataModule) -> Iterator[Batch]:
@@ -89,7 +88,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("output", type=Path)
     parser.add_argument("override", nargs="*")
-    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--rounds", type=int, default=15, help="of a few batches of each kind, in turns")
     parser.add_argument("--profile", action="store_true")
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
@@ -111,21 +110,22 @@ def main() -> None:
         "step alone, on one batch": lambda: step(fixed),
         "both": lambda: step(next(stream)),
     }
-    # In turns, so that a machine that others use is as busy for each.
-    rounds = [[seconds(work, arguments.steps) for work in works.values()] for _ in range(REPEATS)]
+    # In turns, so that a machine that others use is as busy for each; on a GPU enough in a row to fill its queue.
+    count = 10 if DEVICE.type == "cuda" else 1
+    rounds = [[seconds(work, count) for work in works.values()] for _ in range(arguments.rounds)]
     gpu = f", {torch.cuda.get_device_name()}" if DEVICE.type == "cuda" else ""
     cores = f"{os.cpu_count()} cores, {torch.get_num_threads()} threads ({platform.machine()})"
     print(f"{datetime.date.today()}, {cores}{gpu}, torch {torch.__version__}, {cfg.model.backbone}, batch", end=" ")
     tile = f"{cfg.model.img_depth} x {cfg.model.img_size} x {cfg.model.img_size}"
-    print(f"{cfg.data.batch_size} of {tile}, median of {REPEATS} rounds of {arguments.steps}\n")
+    print(f"{cfg.data.batch_size} of {tile}, median of {arguments.rounds} rounds\n")
     print("| what | ms a sample | samples a second |\n|---|---|---|")
     for name, column in zip(works, zip(*rounds, strict=True), strict=True):
         own = statistics.median(column) / cfg.data.batch_size
         print(f"| {name} | {1e3 * own:.2f} | {1 / own:.1f} |")
+    share = statistics.median(path / alone for path, alone, _ in rounds)
     added = statistics.median(both / alone - 1 for _, alone, both in rounds)
-    print(
-        f"\nThe data path adds {added:.1%} to the step. Peak memory: {memory()}; cached volumes {cached / 1e9:.1f} GB."
-    )
+    print(f"\nThe data path takes {share:.1%} of the step's time alone, and adds {added:.1%} to it.")
+    print(f"Peak memory: {memory()}; cached volumes {cached / 1e9:.1f} GB.")
 
 
 def print_profile(step: Callable[[Batch], None], batch: Batch) -> None:
