@@ -1,7 +1,7 @@
 """Time training: the data path alone, the step alone, and both together; print a table in Markdown.
 
-``python benchmarks/training.py OUTPUT [--rounds 15] [OVERRIDE ...]``, OUTPUT being the folder that 01 and 02 wrote. On a
-GPU the published settings (batch 32, 16 x 128 x 128, convnext_nano, mixed precision), on a CPU the small preset with
+``python benchmarks/training.py OUTPUT [--rounds 15] [OVERRIDE ...]``, OUTPUT being the folder that 01 and 02 wrote. On
+a GPU the published settings (batch 32, 16 x 128 x 128, convnext_nano, mixed precision), on a CPU the small preset with
 batch 8, both without pretrained weights; overrides are those of 11_train.py. ``--profile`` prints instead where a
 step's time goes.
 """

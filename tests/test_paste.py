@@ -65,7 +65,7 @@ def test_a_ball_comes_from_there_in_its_pose_and_the_target_gains_it(place: tupl
 def test_only_particles_that_stand_alone_are_copied_and_only_into_free_places() -> None:
     alone, near, other, at_the_face = (20.0, 30.0, 30.0), (20.0, 50.0, 60.0), (20.0, 52.0, 62.0), (1.0, 10.0, 10.0)
     targets = [make_target([alone, near, other, at_the_face], [0, 0, 1, 0]), make_target([(20.0, 30.0, 40.0)], [5])]
-    pasting = Pasting(targets)
+    pasting = Pasting(targets, [np.ones(4, bool), np.ones(1, bool)])
     pose = Pose((20.0, 30.0, 40.0), 1.0, voxel_spacing=SPACING)
     rng = np.random.default_rng(0)
     drawn = [pasting.draw(1, pose, TILE, rng) for _ in range(60)]
@@ -82,7 +82,12 @@ def test_only_particles_that_stand_alone_are_copied_and_only_into_free_places() 
 
 def test_nothing_is_pasted_where_there_is_nothing_or_no_room() -> None:
     rng = np.random.default_rng(0)
-    assert Pasting([make_target([], [])]).draw(0, Pose((20.0, 30.0, 40.0)), TILE, rng) is None
+    assert Pasting([make_target([], [])], [np.empty(0, bool)]).draw(0, Pose((20.0, 30.0, 40.0)), TILE, rng) is None
     crowded = [(20.0, y, x) for y in np.arange(8.0, 64, 8) for x in np.arange(10.0, 80, 10)]
     targets = [make_target([(20.0, 30.0, 30.0)], [0]), make_target(crowded, [5] * len(crowded))]
-    assert Pasting(targets).draw(1, Pose((20.0, 30.0, 40.0), voxel_spacing=SPACING), TILE, rng) is None
+    assert (
+        Pasting(targets, [np.ones(1, bool), np.zeros(len(crowded), bool)]).draw(
+            1, Pose((20.0, 30.0, 40.0), voxel_spacing=SPACING), TILE, rng
+        )
+        is None
+    )

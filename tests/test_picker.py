@@ -121,7 +121,7 @@ def test_defaults_are_those_of_the_configuration_and_arguments_go_before_them(pr
     picker = Picker.load(project / "a.safetensors", runtime="torch")
     [options] = picker._plan.options
     assert (options.batch_size, options.floor, options.window) == (infer.batch_size, infer.floor, infer.window)
-    assert options.tile_shape == (16, 32, 32) and options.stride == (12, 24, 24)  # a quarter overlaps
+    assert options.tile_shape == (16, 32, 32) and options.stride == (14, 28, 28)  # an eighth overlaps
     assert picker.thresholds == {APO: 0.2, GALACTOSIDASE: 0.3}  # the checkpoint's
     assert picker.particles == PARTICLES and picker.voxel_spacing == pytest.approx(SPACING)
     options_given = {
@@ -168,6 +168,24 @@ def test_the_package_offers_it_and_imports_it_late() -> None:
     code = "import czii25d, sys; print('torch' in sys.modules); czii25d.Picker; print('torch' in sys.modules)"
     printed = subprocess.run([sys.executable, "-c", code], cwd=PROJECT, capture_output=True, text=True, check=True)
     assert printed.stdout.split() == ["False", "True"]
+
+
+def test_a_region_and_a_least_distance(project: Path) -> None:
+    picker = load(project, min_distance=60)
+    spacing = np.array(SPACING)[::-1]
+    every = picker.pick(project / "TS_1.mrc", all_scores=True)
+    mask = np.zeros(SHAPES["TS_1"], bool)
+    mask[:, :20, 10:] = True
+    for region in ({"y": (0, 20 * SPACING[1]), "x": (10 * SPACING[2], None)}, {"mask": mask}):
+        found = picker.pick(project / "TS_1.mrc", all_scores=True, region=region)
+        index = np.floor(every[["x", "y", "z"]] / spacing + 0.5)
+        expected = every[(index["y"] < 20) & (index["x"] >= 10)].reset_index(drop=True)
+        assert 10 < len(expected) < len(every) / 2
+        assert_same_picks(found, expected)
+    picks = picker.pick(project / "TS_1.mrc")[["x", "y", "z"]].to_numpy()
+    assert np.linalg.norm(picks[:, None] - picks + 1e6 * np.eye(len(picks))[..., None], axis=-1).min() > 60
+    with pytest.raises(InputError, match=r"region: polygon: expected at least three corners"):
+        picker.pick(project / "TS_1.mrc", region={"polygon": [(0, 0)]})
 
 
 # ---- wrong on purpose ------------------------------------------------------------------------------------------------

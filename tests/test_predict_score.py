@@ -354,6 +354,48 @@ def test_tomograms_of_any_folder_are_picked(work: Path) -> None:
     assert set(read_picks_csv("again/submission.csv")["run"]) == {"TS_1"}
 
 
+def test_picks_outside_their_regions_are_dropped_and_counted(
+    work: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run_predict()
+    whole = read_picks_csv("output/predictions/scored_picks.csv", scored=True)
+    end, margin = 20 * SPACING[1], 25.0
+    Path("regions.yaml").write_text(f"TS_1: {{y: [0, {end}], margin: {margin}}}")
+    monkeypatch.setattr(predict_module.logger.parent, "propagate", True)
+    picked, pick_run = [], predict_module.pick_run
+    monkeypatch.setattr(predict_module, "pick_run", lambda *rest: picked.append(rest[1].name) or pick_run(*rest))
+    with caplog.at_level("INFO"):
+        kept = run_predict("regions=regions.yaml")
+    assert picked == ["TS_1"], "a run without a region is not picked again"
+    scored = read_picks_csv("output/predictions/scored_picks.csv", scored=True)
+    low = -0.5 * np.array(SPACING)[::-1] + margin
+    high = (np.array([56, 20, 24]) - 0.5) * np.array(SPACING)[::-1] - margin
+    inside = ((whole[["x", "y", "z"]] > low) & (whole[["x", "y", "z"]] < high)).all(axis=1) | (whole["run"] == "TS_2")
+    assert_same_picks(scored, whole[inside].reset_index(drop=True))
+    assert 0 < (scored["run"] == "TS_1").sum() < (whole["run"] == "TS_1").sum() / 2
+    assert len(kept) == (scored["score"] >= 0.2).sum()
+    [said] = [message for message in caplog.messages if "dropped" in message]
+    assert said.startswith("TS_1: dropped ") and "outside the region" in said and "within 25 angstrom" in said
+    run_predict(f"regions={{TS_1: {{y: [0, {end}], margin: 5}}}}")
+    assert picked == ["TS_1"], "another margin needs no new prediction"
+    with pytest.raises(InputError, match=r"1 of 2 runs.*key regions: TS_1: y: expected a range within 0 to"):
+        run_predict("regions={TS_1: {y: [7000, 8000]}}")
+
+
+def test_of_picks_too_near_each_other_the_best_is_submitted(work: Path) -> None:
+    every = run_predict()
+    kept = run_predict("infer.min_distance=90")
+    between = [
+        np.linalg.norm(own[["x", "y", "z"]].to_numpy()[:, None] - own[["x", "y", "z"]].to_numpy(), axis=-1)
+        for _, own in kept.groupby("run")
+    ]
+    assert min(np.min(each + 1e6 * np.eye(len(each))) for each in between) > 90
+    assert 20 < len(kept) < len(every) and kept["particle"].nunique() == 2
+    assert len(read_picks_csv("output/predictions/scored_picks.csv", scored=True)) > len(every)
+    with pytest.raises(InputError, match=r"key infer\.min_distance"):
+        run_predict("infer.min_distance=-1")
+
+
 def test_heatmaps_are_kept_on_request(work: Path) -> None:
     run_predict("infer.save_heatmaps=true", "runs=TS_2")
     group = zarr.open_group("output/predictions/heatmaps/TS_2.zarr", mode="r")

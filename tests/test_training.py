@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+import zarr
 from conftest import PROJECT, run_script
 
 from czii25d.errors import InputError
@@ -79,6 +80,35 @@ def test_one_fold_leaves_what_it_promises(work: Path) -> None:
     net, card = load_checkpoint(folder / "best.ckpt")
     assert card.fold == ["TS_6_4"] and card.offset_voxel == 0 and set(card.thresholds or {}) == set(card.particles)
     assert net(torch.zeros(1, 1, 16, 32, 32)).shape == (1, 6, 16, 32, 32)
+
+
+def test_regions_restrict_what_is_learned_and_judged(work: Path) -> None:
+    """Labels that are wrong, but outside the region, change nothing; nor do picks there count."""
+    region = "regions={TS_5_4: {x: [0, 300]}, TS_69_2: {x: [0, 300]}, TS_6_4: {y: [0, 200], margin: 10}}"
+    base = [region, "trainer.max_epochs=1", "data.fold_id=TS_6_4", "loss.mixup=0.5", "data.sampling.kind=balanced"]
+    metrics = train(compose(*base))
+    before = weights(work / "saved_models/tiny/last.ckpt")
+    assert np.isfinite(list(metrics.values())).all()
+    for run in ("TS_5_4", "TS_69_2"):
+        group = zarr.open_group(str(work / f"output/heatmaps/{run}.zarr"))
+        recipe = dict(group.attrs["czii25d"])
+        end = {
+            name: 300 + 4 * sigma for name, sigma in recipe["sigma_angstrom"].items()
+        }  # what lies beyond is not seen
+        near = {name: [row for row in rows if row[0] < end[name]] for name, rows in recipe["picks"].items()}
+        assert sum(map(len, near.values())) < 9
+        wrong = {name: [*rows, [end[name] + 5, 100.0, 90.0]] for name, rows in near.items()}
+        group.attrs["czii25d"] = {**recipe, "picks": wrong}
+    train(compose(*base, "resume=false"))
+    after = weights(work / "saved_models/tiny/last.ckpt")
+    assert all(torch.equal(before[key], after[key]) for key in before)
+    train(compose(*base[1:], "resume=false"))
+    assert not torch.equal(
+        before["model.segmentation_head.weight"],
+        weights(work / "saved_models/tiny/last.ckpt")["model.segmentation_head.weight"],
+    )
+    with pytest.raises(InputError, match=r"TS_5_4.*a region with a voxel beyond its margin"):
+        train(compose("regions={TS_5_4: {y: [0, 60], margin: 60}}", "resume=false", "data.fold_id=TS_6_4"))
 
 
 def test_the_average_is_what_is_judged_and_shipped(work: Path) -> None:

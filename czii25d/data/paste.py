@@ -49,14 +49,16 @@ class Pasting:
     ----------
     targets
         Of the volumes, in their order.
+    labelled
+        Which of each one's particles may be copied.
     """
 
-    def __init__(self, targets: Sequence[HeatmapTarget]) -> None:
+    def __init__(self, targets: Sequence[HeatmapTarget], labelled: Sequence[NDArray[np.bool_]]) -> None:
         self._targets = list(targets)
         self._radii = [np.array(target.particles.radii) for target in targets]
         self._sources: dict[int, list[tuple[int, NDArray[np.float64]]]] = {}
         for volume, target in enumerate(targets):
-            for particle in np.flatnonzero(self._stand_alone(volume)):
+            for particle in np.flatnonzero(labelled[volume] & self._stand_alone(volume)):
                 own = self._sources.setdefault(int(target.channels[particle]), [])
                 own.append((volume, target.centers_zyx_voxel[particle]))
 

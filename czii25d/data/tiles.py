@@ -22,6 +22,7 @@ from czii25d.data.augment import Intensity, Pose
 from czii25d.data.paste import SOFT_EDGE, Paste
 from czii25d.geometry import Shape3D, Spacing3D
 from czii25d.heatmap import TRUNCATE
+from czii25d.regions import Region
 
 T = TypeVar("T")
 
@@ -40,6 +41,8 @@ class Tile:
         Particles in the tomogram: ``(N, 3)`` fractional indices, ``(N,)`` classes; and of each class ``(C, 3)``.
     paste
         A particle that it gains.
+    region
+        Which voxels of the tomogram are labelled; ``None``: all.
     """
 
     volume: int
@@ -49,6 +52,7 @@ class Tile:
     channels: NDArray[np.intp]
     sigma_voxel: NDArray[np.float64]
     paste: Paste | None = None
+    region: Region | None = None
 
 
 @dataclass(frozen=True)
@@ -162,6 +166,14 @@ class Noise:
     pink: float
 
 
+@dataclass(frozen=True)
+class Unlabelled:
+    """Voxels whose heatmaps are not known: ``masks[i]``, ``(D, H, W)``, of tile ``tiles[i]`` of the batch."""
+
+    tiles: tuple[int, ...]
+    masks: Tensor
+
+
 class TileBatch:
     """All that a batch is made of, small enough to be sent anywhere; `make_tiles` makes it.
 
@@ -181,6 +193,8 @@ class TileBatch:
         ``(B, 1, 1, 1)``.
     noise
         ``None`` if there is none.
+    unlabelled
+        Heatmaps are NaN there; ``None``: nowhere.
     """
 
     def __init__(
@@ -195,10 +209,11 @@ class TileBatch:
         gain: Tensor,
         shift: Tensor,
         noise: Noise | None,
+        unlabelled: Unlabelled | None,
     ) -> None:
         self.size, self.tile_shape, self.class_num = size, tile_shape, class_num
         self.boxes, self.gaussians, self.pastes, self.wedges = tuple(boxes), gaussians, pastes, wedges
-        self.gain, self.shift, self.noise = gain, shift, noise
+        self.gain, self.shift, self.noise, self.unlabelled = gain, shift, noise, unlabelled
 
     def _with(self, **parts: Any) -> TileBatch:
         return TileBatch(**{**vars(self), **parts})
@@ -231,7 +246,7 @@ def _map_tensors(part: Any, change: Any) -> Any:
         return change(part)
     if isinstance(part, tuple) and part and isinstance(part[0], Boxes):
         return tuple(_map_tensors(each, change) for each in part)
-    if isinstance(part, Boxes | Gaussians | Pastes | Filters | Noise):
+    if isinstance(part, Boxes | Gaussians | Pastes | Filters | Noise | Unlabelled):
         own = {field.name: getattr(part, field.name) for field in fields(part)}
         return replace(part, **{name: _map_tensors(value, change) for name, value in own.items()})
     return part
@@ -286,8 +301,13 @@ def plan_batch(
         )
         noise = Noise(torch.tensor(noisy), keys, std, filters, noise_pink)
     gaussians = _gaussians(tiles, tile_shape, class_num)
-    pastes = _pastes(tiles)
-    return TileBatch(len(tiles), tile_shape, class_num, boxes, gaussians, pastes, wedges, gain, shift, noise)
+    unlabelled = None
+    if partly := [item for item, tile in enumerate(tiles) if tile.region is not None]:
+        masks = [~labelled_in_pose(tile.region, tile.pose, tile_shape) for tile in tiles if tile.region is not None]
+        unlabelled = Unlabelled(tuple(partly), torch.from_numpy(np.stack(masks)))
+    return TileBatch(
+        len(tiles), tile_shape, class_num, boxes, gaussians, _pastes(tiles), wedges, gain, shift, noise, unlabelled
+    )
 
 
 def _as_shape(row: NDArray[np.int_]) -> Shape3D:
@@ -390,6 +410,22 @@ def _gaussians(tiles: Sequence[Tile], tile_shape: Shape3D, class_num: int) -> Ga
     )
 
 
+def labelled_in_pose(region: Region, pose: Pose, tile_shape: Shape3D) -> NDArray[np.bool_]:
+    """Return which voxels ``(D, H, W)`` of a tile in that pose show a voxel of the region; the nearest one counts."""
+    depth, height, width = tile_shape
+    if pose.tilt:
+        index = np.stack(np.meshgrid(*(np.arange(side) for side in tile_shape), indexing="ij"), -1).reshape(-1, 3)
+        z, y, x = np.rint(pose.to_tomogram(index.astype(float), tile_shape)).astype(int).T.reshape(3, *tile_shape)
+        return region.lookup(z, y, x)
+    along_z = np.zeros((depth, 3))
+    along_z[:, 0] = np.arange(depth)
+    plane = np.stack(np.meshgrid([0], np.arange(height), np.arange(width), indexing="ij"), -1).reshape(-1, 3)
+    # The pose never mixes z with the plane.
+    z = np.rint(pose.to_tomogram(along_z, tile_shape)[:, 0]).astype(int)
+    _, y, x = np.rint(pose.to_tomogram(plane.astype(float), tile_shape)).astype(int).T.reshape(3, 1, height, width)
+    return region.lookup(z[:, None, None], y, x)
+
+
 def cut(volumes: Sequence[Tensor], boxes: Boxes, dtype: torch.dtype) -> Tensor:
     """Copy boxes out of volumes, ``(n, d, h, w)``; outside them, the mean (0).
 
@@ -435,7 +471,7 @@ def make_tiles(
     Returns
     -------
     image, heatmap
-        ``(B, 1, D, H, W)`` and ``(B, C, D, H, W)``, float32.
+        ``(B, 1, D, H, W)`` and ``(B, C, D, H, W)``, float32; heatmaps are NaN where nothing is labelled.
     """
     device = batch.gain.device
     if out is None:
@@ -452,6 +488,9 @@ def make_tiles(
     if batch.noise is not None:
         image[batch.noise.items, 0] += make_noise(batch.noise, batch.tile_shape)
     render_heatmaps(batch.gaussians, heatmap)
+    if batch.unlabelled is not None:
+        for item, mask in zip(batch.unlabelled.tiles, batch.unlabelled.masks, strict=True):
+            heatmap[item].masked_fill_(mask, math.nan)
     return image, heatmap
 
 

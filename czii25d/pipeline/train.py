@@ -28,12 +28,13 @@ from czii25d.data.dataset import Sampling
 from czii25d.errors import InputError, did_you_mean
 from czii25d.files import write_aside
 from czii25d.geometry import Shape3D
-from czii25d.losses import Mixer, create_loss
+from czii25d.losses import Mixer, create_loss, on_labelled
 from czii25d.models import create_model
 from czii25d.models.checkpoint import ModelCard, load_checkpoint
 from czii25d.particles import ParticleSet
 from czii25d.pipeline.app import keep_freed_memory
 from czii25d.pipeline.members import inference_options
+from czii25d.pipeline.regions import regions_key
 from czii25d.training.callbacks import EpochLog, StopWhenNotFinite
 from czii25d.training.module import HeatmapModule
 
@@ -120,6 +121,7 @@ def create_data(cfg: DictConfig, particles: ParticleSet) -> TomogramDataModule:
         cfg.data.batch_size,
         cfg.data.num_workers,
         cfg.seed,
+        regions_key(cfg.regions),
         cfg.data.cache,
     )
 
@@ -153,10 +155,11 @@ def create_module(cfg: DictConfig, data: TomogramDataModule, particles: Particle
         fold=[target.run for _, target in data.held_out],
         czii25d_version=version("czii25d"),
     )
+    loss = create_loss(cfg.loss.name, cfg.loss.background)
     return HeatmapModule(
         model,
         card,
-        create_loss(cfg.loss.name, cfg.loss.background),
+        on_labelled(loss) if data.is_partly_labelled else loss,
         Mixer(cfg.loss.mixup, cfg.loss.cutmix, cfg.loss.mix_alpha),
         optimizer_factory(cfg),
         partial(create_schedule, cfg),
@@ -166,6 +169,7 @@ def create_module(cfg: DictConfig, data: TomogramDataModule, particles: Particle
         ema_warmup=cfg.model.ema_warmup,
         freeze_backbone_epochs=cfg.model.freeze_backbone_epochs,
         seed=cfg.seed,
+        selections=data.held_out_selections,
     )
 
 

@@ -14,12 +14,13 @@ from torch import Tensor, nn
 
 from czii25d.data.targets import HeatmapTarget
 from czii25d.data.volumes import Volume
-from czii25d.inference import InferenceOptions, pick_volume
+from czii25d.inference import InferenceOptions, pick_volume, tiles_of_region
 from czii25d.losses import Loss, Mixer
 from czii25d.metrics import evaluate, fit_thresholds
 from czii25d.models.checkpoint import ModelCard
 from czii25d.particles import ParticleSet
 from czii25d.picks import empty_picks
+from czii25d.regions import Selection
 from czii25d.runtimes.torch import TorchNetwork
 from czii25d.thresholds import ranked_fbeta
 
@@ -51,6 +52,8 @@ class HeatmapModule(L.LightningModule):
         Raise the decay from 0 (``1 - (1 + step)^(-2/3)``) up to ``ema_decay``, for short trainings.
     freeze_backbone_epochs
         Epochs at the start in which the backbone's weights stay.
+    selections
+        Of each validation run: where it is judged; ``None``: everywhere.
     """
 
     def __init__(
@@ -67,6 +70,7 @@ class HeatmapModule(L.LightningModule):
         ema_warmup: bool = False,
         freeze_backbone_epochs: int = 0,
         seed: int = 0,
+        selections: Sequence[Selection | None] | None = None,
     ) -> None:
         super().__init__()
         self.model = model
@@ -74,6 +78,7 @@ class HeatmapModule(L.LightningModule):
         self.card, self.loss, self.mixer = card, loss, mixer
         self.create_optimizer, self.create_scheduler = create_optimizer, create_scheduler
         self.held_out, self.options = held_out, options
+        self.selections = [None] * len(held_out) if selections is None else list(selections)
         self.freeze_backbone_epochs, self.seed = freeze_backbone_epochs, seed
         self.particles = ParticleSet.from_config(card.particles)
         self._picks: list[tuple[int, pd.DataFrame]] = []
@@ -141,10 +146,12 @@ class HeatmapModule(L.LightningModule):
         predictor = TorchNetwork(
             self.judged_model, self.device
         )  # in the precision of the trainer, whose autocast is on
+        selection, spacing = self.selections[position], volume.voxel_spacing
+        wanted = tiles_of_region(selection, self.particles, self.options, spacing)
         picks = pick_volume(
-            volume, predictor, self.particles, self.options, volume.voxel_spacing, self.card.offset_voxel
+            volume, predictor, self.particles, self.options, spacing, self.card.offset_voxel, wanted=wanted
         )
-        self._picks.append((position, picks.assign(run=target.run)))
+        self._picks.append((position, _selected(picks, selection).assign(run=target.run)))
 
     def on_validation_epoch_end(self) -> None:
         """Score the picks of all processes together: at thresholds fitted on them, at the ones before, and at none.
@@ -161,7 +168,8 @@ class HeatmapModule(L.LightningModule):
         if not gathered:
             return
         picks = pd.concat([frame for _, frame in sorted(gathered, key=lambda item: item[0])], ignore_index=True)
-        solution = pd.concat([target.picks() for _, target in self.held_out], ignore_index=True)
+        truth = zip(self.held_out, self.selections, strict=True)
+        solution = pd.concat([_selected(target.picks(), selection) for (_, target), selection in truth])
         before = self.card.thresholds or dict.fromkeys(self.particles.names, 0.5)
         thresholds = fit_thresholds(solution, picks, self.particles).thresholds
         self.card = replace(self.card, thresholds=thresholds)
@@ -183,3 +191,7 @@ class HeatmapModule(L.LightningModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Take back the thresholds of the last validation."""
         self.card = replace(self.card, thresholds=ModelCard.from_dict(checkpoint["czii25d"]).thresholds)
+
+
+def _selected(picks: pd.DataFrame, selection: Selection | None) -> pd.DataFrame:
+    return picks if selection is None else selection.keep(picks)[0]
