@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import pickle
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -154,6 +155,25 @@ def test_a_batch_is_its_items_wherever_it_is_made(opened) -> None:
             batch = make_tiles(batch, in_memory if delivers == "plans" else [])
         for own, part in zip(batch, expected, strict=True):
             torch.testing.assert_close(own, part, atol=2e-4, rtol=0)
+
+
+def test_tiles_are_cut_from_every_reconstruction_alike(opened) -> None:
+    volumes, targets = opened
+    others = [[replace(volume, data=volume.data + np.float16(100 * (n + 1))) for n in range(2)] for volume in volumes]
+    plain = TileDataset(volumes, targets, TILE, Sampling("grid"), OFF)
+    dataset = TileDataset(volumes, targets, TILE, Sampling("grid"), OFF, others=others)
+    added = []
+    for key in range(60):
+        (own, own_heatmap), (image, heatmap) = plain[key], dataset[key]
+        torch.testing.assert_close(own_heatmap, heatmap)
+        added.append(round(float((image - own).mean()) / 100))
+        torch.testing.assert_close(image - 100 * added[-1], own, atol=0.1, rtol=0)
+    assert min(np.bincount(added, minlength=3)) > 10
+
+
+def test_a_reconstruction_that_01_did_not_make_names_the_command(prepared_dir: Path) -> None:
+    with pytest.raises(InputError, match=r"data\.reconstructions.*TS_5_4.*more_reconstructions=\[wbp\]"):
+        make_module(prepared_dir, reconstructions=["wbp"])
 
 
 def test_a_dataset_travels_without_its_voxels(opened) -> None:

@@ -20,6 +20,8 @@ import yaml
 import zarr
 from conftest import PROJECT, run_script
 
+from czii25d.data.cache import load_volumes
+from czii25d.data.datamodule import TomogramDataModule
 from czii25d.errors import InputError
 from czii25d.models.checkpoint import load_checkpoint
 from czii25d.particles import conf_dir
@@ -312,6 +314,33 @@ def test_wandb_works_offline_without_a_prompt(work: Path, monkeypatch: pytest.Mo
 def test_loss_that_stays_not_finite_stops_the_training(work: Path) -> None:
     with pytest.raises(InputError, match=r"step \d+.*finite loss.*opt\.lr"):
         train(compose("trainer.max_epochs=60", "opt.lr=1e30", "opt.opt=sgd", "data.train_all=true"))
+
+
+EVERYTHING = [
+    *(
+        f"data.augment.{name}_prob=0.5"
+        for name in ("rotate", "flip_x", "flip_z", "contrast", "noise", "wedge", "paste")
+    ),
+    *("data.augment.tilt_range=5", "data.augment.stretch_range=0.1", "data.augment.noise_tilt=60"),
+    *("data.augment.noise_pink=1", "trainer.max_epochs=1", "data.train_all=true", "loss.mixup=0.5"),
+]
+
+
+def test_tiles_that_the_device_makes_train_the_same_network(work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU: workers send plans, or boxes, and the tiles are made where the batch comes to."""
+    train(compose(*EVERYTHING, "data.cache=host", "data.num_workers=1"))
+    expected = weights(work / "saved_models/tiny/last.ckpt")
+
+    def move_to(data: TomogramDataModule, device: torch.device) -> None:
+        data._on_device = load_volumes(data.dataset.all_volumes, "device", device)
+        data.dataset.delivers = delivers
+
+    monkeypatch.setattr(TomogramDataModule, "move_to", move_to)
+    for delivers in ("plans", "boxes"):
+        train(compose(*EVERYTHING, "resume=false", "data.num_workers=1"))
+        found = weights(work / "saved_models/tiny/last.ckpt")
+        for name, tensor in expected.items():
+            torch.testing.assert_close(found[name], tensor, atol=2e-3, rtol=0)
 
 
 def test_learning_lowers_the_loss(work: Path) -> None:

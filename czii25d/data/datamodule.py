@@ -23,6 +23,7 @@ from czii25d.errors import InputError, did_you_mean
 from czii25d.geometry import Shape3D
 from czii25d.particles import ParticleSet
 from czii25d.regions import Region, Selection
+from czii25d.resampling import is_same_spacing
 
 logger = logging.getLogger(__name__)
 
@@ -94,6 +95,8 @@ class TomogramDataModule(L.LightningDataModule):
         What is labelled of each run; ``None``: all of all. Tiles are cut there, and the rest has no part in the loss.
     cache
         Where the training volumes lie, see `czii25d.data.cache.choose_cache`.
+    reconstructions
+        Further volumes of each training run, ``<volumes_dir>/<run>/<reconstruction>/``.
     """
 
     def __init__(
@@ -112,6 +115,7 @@ class TomogramDataModule(L.LightningDataModule):
         seed: int = 0,
         regions: RegionTable | None = None,
         cache: Cache = "auto",
+        reconstructions: Sequence[str] = (),
     ) -> None:
         super().__init__()
         choose_cache(cache, 0, None, 0)  # refuses what it does not know
@@ -168,6 +172,10 @@ class TomogramDataModule(L.LightningDataModule):
             augmentation,
             seed,
             labelled,
+            [
+                [_open_other(volume, name, volumes_dir / volume.name / name) for name in reconstructions]
+                for volume, _ in train
+            ],
         )
 
     def setup(self, stage: str) -> None:
@@ -177,12 +185,12 @@ class TomogramDataModule(L.LightningDataModule):
 
     def move_to(self, device: torch.device) -> None:
         """Prepare for a training on a device: tiles are made there."""
-        size = sum(volume.data.nbytes for volume in self.dataset.volumes)
+        size = sum(volume.data.nbytes for volume in self.dataset.all_volumes)
         free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else None
         cache, why = choose_cache(self.cache, size, free, host_memory())
         if why:
             logger.info("data.cache=%s: %s", cache, why)
-        voxels = load_volumes(self.dataset.volumes, cache, device)
+        voxels = load_volumes(self.dataset.all_volumes, cache, device)
         on_device = cache == "device" and device.type != "cpu"
         self._on_device = voxels if on_device else []
         if not on_device:
@@ -218,6 +226,17 @@ class TomogramDataModule(L.LightningDataModule):
         mine = range(len(self.held_out))[rank::world_size]
         positions: Any = list(mine)
         return DataLoader(positions, batch_size=None) if self.held_out else []
+
+
+def _open_other(volume: Volume, reconstruction: str, folder: Path) -> Volume:
+    if not folder.is_dir():
+        cure = f"run 01_create_dataset.py more_reconstructions=[{reconstruction}], or remove it"
+        raise InputError("key data.reconstructions", f"a volume {reconstruction} of {volume.name}", "none", cure)
+    other = open_volume(folder, volume.normalization)
+    if other.shape != volume.shape or not is_same_spacing(other.voxel_spacing, volume.voxel_spacing):
+        expected = f"the run's shape {volume.shape} and voxel spacing {volume.voxel_spacing}"
+        raise InputError(folder, expected, f"{other.shape}, {other.voxel_spacing}", "run 01_create_dataset.py again")
+    return other
 
 
 def _as_it_is(batch: Any) -> Any:

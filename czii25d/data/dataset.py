@@ -80,6 +80,8 @@ class TileDataset(Dataset[tuple[Tensor, Tensor]]):
     regions
         Which voxels of each run are labelled; ``None``: all. Tiles are cut where some are, and the heatmaps of the
         others are NaN (see `czii25d.losses.on_labelled`).
+    others
+        Further volumes of each run, as many of each; a tile is cut from any of a run's alike.
     """
 
     def __init__(
@@ -91,9 +93,13 @@ class TileDataset(Dataset[tuple[Tensor, Tensor]]):
         augmentation: Augmentation,
         seed: int = 0,
         regions: Sequence[Region | None] | None = None,
+        others: Sequence[Sequence[Volume]] | None = None,
     ) -> None:
         self.volumes, self.targets = list(volumes), list(targets)
         self.regions = [None] * len(self.volumes) if regions is None else list(regions)
+        own = [[]] * len(self.volumes) if others is None else others
+        # Every run's own volume, then every run's first other one, and so on.
+        self.all_volumes = [*self.volumes, *(volume for layer in zip(*own, strict=True) for volume in layer)]
         self.delivers: Delivery = "tiles"
         self._voxels: list[Tensor] | None = None
         self._sigmas = [target.sigma_voxel for target in targets]
@@ -149,7 +155,7 @@ class TileDataset(Dataset[tuple[Tensor, Tensor]]):
     def voxels(self) -> list[Tensor]:
         """The volumes that boxes are cut from, where there are some: mapped from disk unless others were given."""
         if self._voxels is None:
-            self._voxels = load_volumes(self.volumes, "disk", torch.device("cpu"))
+            self._voxels = load_volumes(self.all_volumes, "disk", torch.device("cpu"))
         return self._voxels
 
     @voxels.setter
@@ -168,13 +174,25 @@ class TileDataset(Dataset[tuple[Tensor, Tensor]]):
         volume, target = self.volumes[run], self.targets[run]
         pose = self.augmentation.draw_pose(center, rng, volume.voxel_spacing)
         intensity = self.augmentation.draw_intensity(rng)
+        layer = 0
+        if (layers := len(self.all_volumes) // len(self.volumes)) > 1:
+            layer = int(rng.integers(layers)) * len(self.volumes)
+            volume = self.all_volumes[run + layer]
         gain, shift = gain_and_shift(volume.mean, volume.std, volume.normalization)
         intensity = replace(intensity, gain=intensity.gain * gain, shift=intensity.gain * shift + intensity.shift)
         paste = None
         if self._pasting is not None and rng.random() < self.augmentation.paste_prob:
             paste = self._pasting.draw(run, pose, self.tile_shape, rng)
+            paste = paste and replace(paste, volume=paste.volume + layer)
         return Tile(
-            run, pose, intensity, target.centers_zyx_voxel, target.channels, self._sigmas[run], paste, self.regions[run]
+            run + layer,
+            pose,
+            intensity,
+            target.centers_zyx_voxel,
+            target.channels,
+            self._sigmas[run],
+            paste,
+            self.regions[run],
         )
 
     def _draw_center(self, index: int, rng: np.random.Generator) -> tuple[int, tuple[float, float, float]]:

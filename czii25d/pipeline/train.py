@@ -123,6 +123,7 @@ def create_data(cfg: DictConfig, particles: ParticleSet) -> TomogramDataModule:
         cfg.seed,
         regions_key(cfg.regions),
         cfg.data.cache,
+        list(cfg.data.reconstructions),
     )
 
 
