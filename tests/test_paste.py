@@ -62,6 +62,23 @@ def test_a_ball_comes_from_there_in_its_pose_and_the_target_gains_it(place: tupl
     assert heatmap[1:].max() == 0
 
 
+def test_a_batch_of_pastes_is_each_of_them() -> None:
+    target = make_target([], [])
+    pose = Pose((19.5, 31.5, 39.5), voxel_spacing=SPACING)
+    plain = Tile(0, pose, Intensity(), target.centers_zyx_voxel, target.channels, target.sigma_voxel)
+    tiles = [plain]
+    for number in range(3):
+        turned, place = replace(pose, angle=number, flip_z=number == 1), np.array([5.0 + number, 14.0, 20.0])
+        pasted = Paste(0, np.array([20.0, 30.0 + number, 41.0]), turned, place, number, PARTICLES.radii[number])
+        tiles.append(replace(plain, paste=pasted))
+    images, heatmaps = make_tiles(plan_batch(tiles, TILE), [torch.from_numpy(BACKGROUND)])
+    for tile, image, heatmap in zip(tiles, images, heatmaps, strict=True):
+        own_image, own_heatmap = make(tile, BACKGROUND)
+        np.testing.assert_allclose(image[0], own_image, atol=2e-4)
+        np.testing.assert_allclose(heatmap, own_heatmap, atol=1e-6)
+    assert heatmaps.amax((2, 3, 4)).round().tolist()[1:] == [[float(c == n) for c in range(6)] for n in range(3)]
+
+
 def test_only_particles_that_stand_alone_are_copied_and_only_into_free_places() -> None:
     alone, near, other, at_the_face = (20.0, 30.0, 30.0), (20.0, 50.0, 60.0), (20.0, 52.0, 62.0), (1.0, 10.0, 10.0)
     targets = [make_target([alone, near, other, at_the_face], [0, 0, 1, 0]), make_target([(20.0, 30.0, 40.0)], [5])]

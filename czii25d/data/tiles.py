@@ -535,7 +535,7 @@ def paste(tiles: Tensor, pastes: Pastes) -> None:
         ((torch.arange(side, device=tiles.device) + pastes.offsets[:, axis, None]) * pastes.steps[:, axis, None]) ** 2
         for axis, side in enumerate(pastes.shape)
     ]
-    radii = (squares[0][:, :, None, None] + squares[1][:, :, None] + squares[2][:, None, None]).sqrt()
+    radii = (squares[0][:, :, None, None] + squares[1][:, None, :, None] + squares[2][:, None, None]).sqrt()
     weights = ((1 + SOFT_EDGE - radii) / SOFT_EDGE).clamp(0, 1)
     for item, start, ball, weight in zip(pastes.tiles, pastes.starts, balls, weights, strict=True):
         low = [max(first, 0) for first in start]
