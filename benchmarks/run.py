@@ -31,6 +31,7 @@ from czii25d.heatmap import render_heatmap
 from czii25d.inference import NMS_RADIUS_FACTOR
 from czii25d.particles import load_particles
 from czii25d.peaks import find_peaks
+from czii25d.pipeline.app import keep_freed_memory
 
 PROJECT = Path(__file__).parents[1]
 HERE = Path(__file__).parent
@@ -115,6 +116,7 @@ def sample(work: Path, count: int) -> list[tuple[str, str, str]]:
     """One training tile of 16 x 128 x 128 with its target, in one thread; and batches of them."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
+    keep_freed_memory()  # as 11 does on a CPU
     run = min((work / "ours/volumes/train").iterdir()).name
     dataset = TileDataset(
         [open_volume(work / "ours/volumes/train" / run)],

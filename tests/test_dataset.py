@@ -139,6 +139,24 @@ def test_items_depend_on_seed_epoch_and_index_alone(opened) -> None:
     assert not np.array_equal(one[3][0], one[3 + len(one)][0])
 
 
+def test_normalisation_is_that_of_the_volume_and_contrast_comes_after(opened) -> None:
+    volumes, targets = opened
+    volumes = [replace(volume, normalization="global") for volume in volumes]
+    dataset = TileDataset(volumes, targets, TILE, Sampling("grid"), replace(OFF, contrast_prob=1.0))
+    rng = np.random.default_rng((0, 0, 7))
+    run, center = dataset._draw_center(7, rng)
+    dataset.augmentation.draw_pose(center, rng)
+    change = dataset.augmentation.draw_intensity(rng)
+    z, y, x = (int(c - (side - 1) / 2) for c, side in zip(center, TILE, strict=True))
+    expected = volumes[run].crop((z, y, x), TILE) * change.gain + change.shift
+    np.testing.assert_allclose(dataset[7][0][0], expected, atol=1e-4)
+    assert (
+        change.gain != 1
+        and np.abs(volumes[run].crop((z, y, x), TILE) - volumes[run].data[z : z + 8, y : y + 24, x : x + 20]).max()
+        > 0.1
+    )
+
+
 EVERYTHING = Augmentation(tilt_range=5, noise_prob=0.5, noise_tilt=60, wedge_prob=0.3, flip_z_prob=0.5, paste_prob=0.5)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -10,13 +11,13 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.utils.data import Dataset, Sampler
+from torch.utils.data import Dataset, Sampler, get_worker_info
 
 from czii25d.data.augment import Augmentation
 from czii25d.data.cache import load_volumes
 from czii25d.data.paste import Pasting
 from czii25d.data.targets import HeatmapTarget
-from czii25d.data.tiles import Tile, TileBatch, empty, make_tiles, plan_batch
+from czii25d.data.tiles import Tile, TileBatch, make_tiles, plan_batch
 from czii25d.data.volumes import Volume, gain_and_shift
 from czii25d.errors import InputError
 from czii25d.geometry import Shape3D, zyx_voxel_to_xyz_angstrom
@@ -142,10 +143,9 @@ class TileDataset(Dataset[tuple[Tensor, Tensor]]):
         if self.delivers != "tiles":
             plan = self.plan(keys)
             return plan if self.delivers == "plans" else plan.cut_from(self.voxels, torch.float16)
-        cpu, classes = torch.device("cpu"), len(self.targets[0].particles)
-        image = empty((len(keys), 1, *self.tile_shape), torch.float32, cpu)
-        heatmap = empty((len(keys), classes, *self.tile_shape), torch.float32, cpu)
-        return make_tiles(self.plan(keys), self.voxels, (image, heatmap))
+        classes = len(self.targets[0].particles)
+        out = _room((len(keys), 1, *self.tile_shape)), _room((len(keys), classes, *self.tile_shape))
+        return make_tiles(self.plan(keys), self.voxels, out)
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave out the voxels: a worker that is started anew maps the files."""
@@ -223,6 +223,14 @@ class TileDataset(Dataset[tuple[Tensor, Tensor]]):
             return True
         z, y, x = (int(each) for each in np.clip(start, 0, np.maximum(np.subtract(region.shape, self.tile_shape), 0)))
         return bool(region.crop((z, y, x), self.tile_shape).any())
+
+
+def _room(shape: Sequence[int]) -> Tensor:
+    """Return an empty float32 tensor; in a worker process, one in shared memory, not to be copied on its way out."""
+    if get_worker_info() is None:
+        return torch.empty(tuple(shape))
+    storage = torch.UntypedStorage._new_shared(math.prod(shape) * 4)  # as torch's own default_collate does
+    return torch.empty(0).set_(storage, 0, tuple(shape))  # type: ignore[call-overload]
 
 
 def _are_labelled(target: HeatmapTarget, region: Region | None) -> NDArray[np.bool_]:

@@ -445,15 +445,6 @@ def cut(volumes: Sequence[Tensor], boxes: Boxes, dtype: torch.dtype) -> Tensor:
     return voxels
 
 
-def empty(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Return an empty tensor; in a worker process, one in shared memory, which is not copied on its way out."""
-    if torch.utils.data.get_worker_info() is None or device.type != "cpu":
-        return torch.empty(tuple(shape), dtype=dtype, device=device)
-    # As torch's own default_collate does.
-    storage = torch.UntypedStorage._new_shared(math.prod(shape) * dtype.itemsize)
-    return torch.empty(0, dtype=dtype).set_(storage, 0, tuple(shape))  # type: ignore[call-overload]
-
-
 def make_tiles(
     batch: TileBatch, volumes: Sequence[Tensor], out: tuple[Tensor, Tensor] | None = None
 ) -> tuple[Tensor, Tensor]:
@@ -475,8 +466,10 @@ def make_tiles(
     """
     device = batch.gain.device
     if out is None:
-        shapes = [(batch.size, channels, *batch.tile_shape) for channels in (1, batch.class_num)]
-        out = (empty(shapes[0], torch.float32, device), empty(shapes[1], torch.float32, device))
+        out = (
+            torch.empty((batch.size, 1, *batch.tile_shape), device=device),
+            torch.empty((batch.size, batch.class_num, *batch.tile_shape), device=device),
+        )
     image, heatmap = out
     batch = batch.cut_from(volumes)
     tiles = _sample(batch)
