@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from lightning.pytorch.plugins import MixedPrecision
 
 from czii25d.data.augment import Augmentation
 from czii25d.data.cache import choose_cache, load_volumes
@@ -170,6 +171,7 @@ def test_a_batch_is_its_items_wherever_it_is_made(opened) -> None:
         dataset.delivers = delivers
         batch = dataset.__getitems__(keys)
         if isinstance(batch, TileBatch):
+            assert MixedPrecision("bf16-mixed", "cpu").convert_input(batch) is batch, "Lightning leaves it as it is"
             batch = make_tiles(batch, in_memory if delivers == "plans" else [])
         for own, part in zip(batch, expected, strict=True):
             torch.testing.assert_close(own, part, atol=2e-4, rtol=0)

@@ -132,10 +132,10 @@ def test_nothing_leaves_the_device_it_comes_to() -> None:
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 def test_a_gpu_makes_the_same_tiles() -> None:
     tiles, volumes = mixed_tiles(), [torch.from_numpy(NOISE), torch.from_numpy(NOISE[::-1, 2:].copy())]
-    batch = plan_batch(tiles, TILE, 60.0, 1.0)
+    batch, there = plan_batch(tiles, TILE, 60.0, 1.0), [volume.to("cuda") for volume in volumes]
     torch.cuda.set_sync_debug_mode("error")
     try:
-        on_gpu = make_tiles(batch.pin_memory().to("cuda"), [volume.pin_memory().to("cuda") for volume in volumes])
+        on_gpu = make_tiles(batch.pin_memory().to("cuda"), there)
     finally:
         torch.cuda.set_sync_debug_mode("default")
     for own, expected in zip(on_gpu, make_tiles(batch, volumes), strict=True):
