@@ -113,9 +113,8 @@ class ModelCard:
         known = {item.name for item in fields(cls)}
         if not isinstance(values, Mapping) or set(values) | ADDED != known:
             found = ", ".join(map(str, values)) if isinstance(values, Mapping) else repr(values)
-            raise InputError(
-                where, f"a model card with {', '.join(sorted(known))}", found, "use the czii25d version that wrote it"
-            )
+            expected = f"a model card with {', '.join(sorted(known - ADDED))}"
+            raise InputError(where, expected, found, "use the czii25d version that wrote it")
         spacing = values["voxel_spacing"]
         try:
             return cls(**{**values, "voxel_spacing": None if spacing is None else tuple(spacing)})
