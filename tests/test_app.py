@@ -31,6 +31,7 @@ SCRIPTS = [
     "11_train.py",
     "21_predict.py",
     "22_score.py",
+    "23_report.py",
 ]
 
 

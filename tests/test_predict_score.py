@@ -20,6 +20,7 @@ from conftest import PROJECT, SPACING, run_script
 from omegaconf import DictConfig
 from safetensors.torch import save_file
 
+from czii25d.data.predictions import read_predictions
 from czii25d.data.volumes import open_volume, write_volume
 from czii25d.errors import InputError
 from czii25d.geometry import PUBLISHED_OFFSET_VOXEL
@@ -165,6 +166,25 @@ def test_bare_weights_are_predicted_with_keys_of_the_model(work: Path) -> None:
         run_predict("checkpoints=bare.safetensors")
     keys = [f"model.{key}={str(value).replace(' ', '')}" for key, value in MODEL.items()]
     assert len(run_predict("checkpoints=bare.safetensors", *keys))
+
+
+def test_what_it_takes_to_show_picks_is_kept_and_a_second_call_keeps_the_times(work: Path) -> None:
+    run_predict("runs=TS_1")
+    first = read_predictions("output/predictions")
+    assert first.particles == PARTICLES and first.thresholds == dict.fromkeys(PARTICLES.names, 0.2)
+    assert list(first.runs) == ["TS_1"] and first.networks == ["folds/a.safetensors"]
+    volume = first.runs["TS_1"].open()
+    assert volume.shape == RUNS["TS_1"] and volume.voxel_spacing == SPACING
+    effort = first.runs["TS_1"].effort
+    assert effort is not None and effort.seconds["predict"] > 0 and effort.tiles > 0 and effort.memory_gb > 0
+    run_predict("thresholds=0.3")
+    second = read_predictions("output/predictions")
+    assert second.runs["TS_1"].effort == effort and set(second.thresholds.values()) == {0.3}
+    assert list(second.runs) == list(RUNS) and second.runs["TS_2"].effort != effort
+    for path in Path("output/predictions/runs").glob("*.json"):  # a version before this one
+        path.unlink()
+    run_predict()
+    assert read_predictions("output/predictions").runs["TS_1"].effort is None
 
 
 def test_what_is_done_is_not_done_again_and_an_interruption_changes_nothing(
@@ -479,4 +499,8 @@ def test_the_scripts_run_one_after_the_other(work: Path) -> None:
     write_solution_csv(work / "output/solution.csv", found)
     result = run_script("22_score.py", cwd=work)
     assert "total" in result.stdout and (predictions / "score.json").is_file()
-    assert {path.name for path in predictions.iterdir()} == {"submission.csv", "scored_picks.csv", "runs", "score.json"}
+    left = {"submission.csv", "scored_picks.csv", "prediction.json", "runs", "score.json"}
+    assert {path.name for path in predictions.iterdir()} == left
+    run_script("23_report.py", "note=random weights", cwd=work)
+    page = (predictions / "report/report.html").read_text()
+    assert "TS_2" in page and "random weights" in page and "tiles/s" in page

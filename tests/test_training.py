@@ -20,9 +20,12 @@ import yaml
 import zarr
 from conftest import PROJECT, run_script
 
+import czii25d
+from czii25d.data.predictions import read_predictions
 from czii25d.errors import InputError
-from czii25d.models.checkpoint import load_checkpoint
+from czii25d.models.checkpoint import load_checkpoint, read_card
 from czii25d.particles import conf_dir
+from czii25d.picks import read_picks_csv
 from czii25d.pipeline.train import changed_keys, is_logged_in_to_wandb, train
 
 TINY = [
@@ -77,6 +80,13 @@ def test_one_fold_leaves_what_it_promises(work: Path) -> None:
     rows = list(csv.DictReader((folder / "metrics.csv").open()))
     assert [row["epoch"] for row in rows] == ["0", "1"]
     assert all(float(row["train/loss"]) > 0 and row["val/fbeta"] and row["val/fbeta/ribosome"] for row in rows)
+    judged = read_predictions(folder / "held_out")
+    card = read_card(folder / "last.ckpt")
+    assert card is not None and judged.thresholds == card.thresholds
+    assert list(judged.runs) == ["TS_6_4"] and judged.runs["TS_6_4"].open().shape == (24, 40, 56)
+    solution = read_picks_csv(folder / "held_out/solution.csv")
+    kept = judged.picks_of("TS_6_4")
+    assert czii25d.score(solution, kept) == pytest.approx(metrics["val/fbeta"], abs=1e-6)
     net, card = load_checkpoint(folder / "best.ckpt")
     assert card.fold == ["TS_6_4"] and card.offset_voxel == 0 and set(card.thresholds or {}) == set(card.particles)
     assert net(torch.zeros(1, 1, 16, 32, 32)).shape == (1, 6, 16, 32, 32)
@@ -307,6 +317,9 @@ def test_wandb_works_offline_without_a_prompt(work: Path, monkeypatch: pytest.Mo
         train(compose("wandb.mode=online", "trainer.max_epochs=1"))
     run_script("11_train.py", *TINY[:-1], "wandb.mode=offline", "trainer.max_epochs=1", cwd=work)
     assert list((work / "output/wandb").rglob("*.wandb"))
+    sent = {path.stem.rsplit("_", 2)[0] for path in (work / "output/wandb").rglob("media/images/report/*.png")}
+    drawn = {path.stem for path in (work / "saved_models/tiny/report").glob("*.png")}
+    assert sent == {name for name in drawn if not name.endswith("_dark")} and {"loss", "validation"} < sent
 
 
 def test_loss_that_stays_not_finite_stops_the_training(work: Path) -> None:

@@ -32,6 +32,7 @@ from rich.table import Table
 from torch import Tensor
 
 from czii25d.data.heatmaps import HeatmapWriter
+from czii25d.data.predictions import STAGES, Effort, PredictedRun, read_effort, write_effort, write_record
 from czii25d.data.preparation import VOLUME_CONTRAST, Preparation
 from czii25d.data.runs import Run
 from czii25d.data.tomogram import open_tomogram
@@ -42,7 +43,7 @@ from czii25d.geometry import Shape3D, Spacing3D
 from czii25d.inference import pick_slabs, tiles_of_region
 from czii25d.inference.ahead import ahead
 from czii25d.particles import ParticleSet
-from czii25d.picks import concat_picks, read_picks_csv, write_scored_picks_csv, write_submission_csv
+from czii25d.picks import above_thresholds, concat_picks, read_picks_csv, write_scored_picks_csv, write_submission_csv
 from czii25d.pipeline.app import check_value_types, keep_freed_memory, leaves, load_config, set_up_logging
 from czii25d.pipeline.dataset import convert_volume, create_volume, find_input
 from czii25d.pipeline.members import (
@@ -69,7 +70,6 @@ from czii25d.runtimes.torch import TorchNetwork
 logger = logging.getLogger(__name__)
 
 SOURCES = ("auto", "volumes", "tomograms")
-STAGES = ("read", "predict", "peaks", "write")
 
 
 def predict(cfg: DictConfig) -> pd.DataFrame:
@@ -95,7 +95,7 @@ def predict(cfg: DictConfig) -> pd.DataFrame:
     whole = bool(done) and not others  # of several shards, the last one collects what all have found
     found = {source.name: plan.picks(source) for source in (sources if whole else mine) if source.name in done}
     if whole:
-        kept = collect(plan, list(found.values()))
+        kept = collect(plan, [source for source in sources if source.name in found], list(found.values()))
     counts = {name: len(plan.submitted(picks)) for name, picks in found.items()}
     Console(stderr=True).print(as_rich_table(mine, picked.outcomes, counts))
     if others:
@@ -472,6 +472,7 @@ def pick_run(plan: Plan, source: Source, volume: Volume, outcome: Outcome, progr
         write_scored_picks_csv(plan.part(source), picks.assign(run=source.name))
     outcome.seconds["read"] += clocked.seconds
     outcome.memory_gb = peak_memory_gb()
+    write_effort(plan.part(source), Effort(outcome.seconds, outcome.tiles, outcome.memory_gb))
 
 
 class ClockedPlanes:
@@ -514,8 +515,8 @@ def heatmaps_kept(plan: Plan, source: Source, volume: Volume, slabs: Iterator[Te
         yield writer.keep(slabs)
 
 
-def collect(plan: Plan, frames: Sequence[pd.DataFrame]) -> pd.DataFrame:
-    """Write what was found in all runs as one, and return what is submitted of it."""
+def collect(plan: Plan, sources: Sequence[Source], frames: Sequence[pd.DataFrame]) -> pd.DataFrame:
+    """Write what was found in all runs as one, and what is known of it; return what is submitted of it."""
     scored = concat_picks(frames, scored=True)
     kept = plan.submitted(scored)
     if crowded := len(above_thresholds(scored, plan.thresholds)) - len(kept):
@@ -523,6 +524,9 @@ def collect(plan: Plan, frames: Sequence[pd.DataFrame]) -> pd.DataFrame:
     with _one_at_a_time(plan.results):
         write_scored_picks_csv(plan.results / "scored_picks.csv", scored)
         write_submission_csv(plan.results / "submission.csv", kept)
+        predicted = [predicted_run(source, read_effort(plan.part(source))) for source in sources]
+        networks = [str(file.path) for file in plan.files]
+        write_record(plan.results, plan.particles, plan.thresholds, networks, predicted)
     logger.info(
         "%d picks in %s, all %d with scores in scored_picks.csv",
         *(len(kept), plan.results / "submission.csv", len(scored)),
@@ -530,9 +534,12 @@ def collect(plan: Plan, frames: Sequence[pd.DataFrame]) -> pd.DataFrame:
     return kept
 
 
-def above_thresholds(picks: pd.DataFrame, thresholds: Mapping[str, float]) -> pd.DataFrame:
-    """Return the scored picks that reach the thresholds of their particles."""
-    return picks[picks["score"].to_numpy() >= picks["particle"].map(thresholds).to_numpy(float)]
+def predicted_run(source: Source, effort: Effort | None) -> PredictedRun:
+    """Return what the record keeps of a run."""
+    if source.folder is not None:
+        return PredictedRun(source.name, source.folder, effort=effort)
+    assert source.run is not None
+    return PredictedRun(source.name, None, source.run.tomogram, source.run.voxel_spacing, effort)
 
 
 @contextmanager

@@ -19,6 +19,7 @@ from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 from rich.table import Table
 
+from czii25d.data.predictions import effort_path
 from czii25d.errors import InputError, did_you_mean
 from czii25d.files import write_aside
 from czii25d.metrics import DEFAULT_THRESHOLD, PLATEAU
@@ -315,7 +316,8 @@ def store(folds: Sequence[Fold], paths: Sequence[Path], fitted: CrossFit) -> Non
         plan = Plan(fold.plan.cfg)
         for source, old in zip(fold.sources, parts, strict=True):
             new = plan.part(source)
-            if new != old:
-                with suppress(FileNotFoundError):
-                    os.replace(old, new)
+            for before_storing, after in ((old, new), (effort_path(old), effort_path(new))):
+                if after != before_storing:
+                    with suppress(FileNotFoundError):
+                        os.replace(before_storing, after)
     logger.info("stored the thresholds in %s", ", ".join(map(str, paths)))

@@ -32,10 +32,11 @@ from czii25d.losses import Mixer, create_loss, on_labelled
 from czii25d.models import create_model
 from czii25d.models.checkpoint import ModelCard, load_checkpoint
 from czii25d.particles import ParticleSet
-from czii25d.pipeline.app import keep_freed_memory
+from czii25d.pipeline.app import keep_freed_memory, load_config
 from czii25d.pipeline.members import inference_options
 from czii25d.pipeline.regions import regions_key
-from czii25d.training.callbacks import EpochLog, StopWhenNotFinite
+from czii25d.pipeline.report import write_report
+from czii25d.training.callbacks import EpochLog, HeldOutPicks, StopWhenNotFinite
 from czii25d.training.module import HeatmapModule
 
 logger = logging.getLogger(__name__)
@@ -49,8 +50,8 @@ SCHEDULES = ("cosine", "tanh", "step", "poly")
 def train(cfg: DictConfig) -> dict[str, float]:
     """Train one fold, or on every run, and return the last metrics.
 
-    Leaves ``best.ckpt`` (highest ``val/<best_by>`` of the held-out runs), ``last.ckpt``, ``config.yaml`` and
-    ``metrics.csv`` in ``<paths.saved_models>/<wandb.name>/``.
+    Leaves ``best.ckpt`` (highest ``val/<best_by>`` of the held-out runs), ``last.ckpt``, ``config.yaml``,
+    ``metrics.csv`` and ``held_out/``, the last validation's picks, in ``<paths.saved_models>/<wandb.name>/``.
     """
     folder = Path(cfg.paths.saved_models) / cfg.wandb.name
     checkpoint = find_checkpoint(cfg, folder)
@@ -83,7 +84,18 @@ def train(cfg: DictConfig) -> dict[str, float]:
         best = getattr(trainer.checkpoint_callback, "best_model_score", None)
         shown = metrics[f"val/{cfg.best_by}"] if best is None else float(best)
         logger.info("best val/%s of the held-out runs: %.4f; checkpoints in %s", cfg.best_by, shown, folder)
+    if isinstance(trainer.logger, WandbLogger) and trainer.is_global_zero and not cfg.trainer.fast_dev_run:
+        show_on_wandb(cfg, folder, trainer.logger)
     return metrics
+
+
+def show_on_wandb(cfg: DictConfig, folder: Path, wandb: WandbLogger) -> None:
+    """Make the training's report and send its pictures."""
+    options = {"training": str(folder), "paths": cfg.paths}
+    page = write_report(OmegaConf.merge(load_config("report"), options))  # type: ignore[arg-type]
+    for picture in sorted(page.parent.glob("*.png")):
+        if not picture.stem.endswith("_dark"):
+            wandb.log_image(f"report/{picture.stem}", [str(picture)])
 
 
 def check_before_work(cfg: DictConfig) -> None:
@@ -137,6 +149,7 @@ def create_module(cfg: DictConfig, data: TomogramDataModule, particles: Particle
         model_kwargs.pop(key, None)
     if cfg.model.resume_path:
         model_kwargs |= {"pretrained": False, "pretrained_path": None}
+    model_kwargs["class_num"] = len(particles)
     model = create_model(**model_kwargs)
     if cfg.model.resume_path:
         weights, _ = load_checkpoint(
@@ -218,6 +231,8 @@ def create_trainer(cfg: DictConfig, folder: Path, judged: bool) -> L.Trainer:
     callbacks: list[Callback] = [EpochLog(folder / "metrics.csv"), StopWhenNotFinite()]
     if terminal:
         callbacks.append(RichProgressBar())
+    if judged and not cfg.trainer.fast_dev_run:
+        callbacks.append(HeldOutPicks(folder / "held_out"))
     if judged:
         callbacks.append(
             ModelCheckpoint(

@@ -19,7 +19,7 @@ from czii25d.losses import Loss, Mixer
 from czii25d.metrics import evaluate, fit_thresholds
 from czii25d.models.checkpoint import ModelCard
 from czii25d.particles import ParticleSet
-from czii25d.picks import empty_picks
+from czii25d.picks import above_thresholds, empty_picks
 from czii25d.regions import Selection
 from czii25d.runtimes.torch import TorchNetwork
 from czii25d.thresholds import ranked_fbeta
@@ -82,6 +82,8 @@ class HeatmapModule(L.LightningModule):
         self.freeze_backbone_epochs, self.seed = freeze_backbone_epochs, seed
         self.particles = ParticleSet.from_config(card.particles)
         self._picks: list[tuple[int, pd.DataFrame]] = []
+        self.judged_picks: pd.DataFrame | None = None  # of the last validation, with scores, and what they were
+        self.solution: pd.DataFrame | None = None  # judged by
         self._averaged_step = 0
 
     @property
@@ -174,6 +176,7 @@ class HeatmapModule(L.LightningModule):
         thresholds = fit_thresholds(solution, picks, self.particles).thresholds
         self.card = replace(self.card, thresholds=thresholds)
         self.table = self._evaluate(solution, picks, thresholds)
+        self.judged_picks, self.solution = picks, solution
         values = {f"val/fbeta/{name}": self.table["fbeta"][name] for name in self.particles.names}
         values["val/fbeta"] = self.table["fbeta"]["total"]
         values["val/fbeta_fixed"] = self._evaluate(solution, picks, before)["fbeta"]["total"]
@@ -181,7 +184,7 @@ class HeatmapModule(L.LightningModule):
         self.log_dict({key: float(value) for key, value in values.items()}, rank_zero_only=False)
 
     def _evaluate(self, solution: pd.DataFrame, picks: pd.DataFrame, thresholds: dict[str, float]) -> pd.DataFrame:
-        kept = picks[picks["score"].to_numpy() >= picks["particle"].map(thresholds).to_numpy(float)]
+        kept = above_thresholds(picks, thresholds)
         return evaluate(solution, kept if len(kept) else empty_picks(), particles=self.particles)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
