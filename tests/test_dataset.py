@@ -58,7 +58,9 @@ def test_runs_of_several_spacings_are_refused_with_the_cure(prepared_dir: Path, 
     meta = tmp_path / "output/volumes/train/TS_69_2/meta.json"
     meta.write_text(json.dumps({**json.loads(meta.read_text()), "voxel_spacing": [13.7, 13.7, 13.7]}))
     folders = tmp_path / "output/volumes/train", tmp_path / "output/heatmaps"
-    with pytest.raises(InputError, match=r"run TS_69_2: expected the voxel spacing.*found.*13\.7.*resample_to=ANGSTROM"):
+    with pytest.raises(
+        InputError, match=r"run TS_69_2: expected the voxel spacing.*found.*13\.7.*resample_to=ANGSTROM"
+    ):
         TomogramDataModule(*folders, RUNS, [], load_particles(), TILE, Sampling(), OFF)
 
 
