@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import json
 import pickle
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -56,6 +58,17 @@ def test_an_item_is_the_volume_and_the_heatmap_of_the_same_place(opened) -> None
         np.testing.assert_allclose(heatmap, whole[run][:, z : z + 8, y : y + 24, x : x + 20], atol=1e-6)
         seen += heatmap.max() > 0.5
     assert seen > 6
+
+
+def test_runs_of_several_spacings_are_refused_with_the_cure(prepared_dir: Path, tmp_path: Path) -> None:
+    shutil.copytree(prepared_dir / "output", tmp_path / "output")
+    meta = tmp_path / "output/volumes/train/TS_69_2/meta.json"
+    meta.write_text(json.dumps({**json.loads(meta.read_text()), "voxel_spacing": [13.7, 13.7, 13.7]}))
+    folders = tmp_path / "output/volumes/train", tmp_path / "output/heatmaps"
+    with pytest.raises(
+        InputError, match=r"run TS_69_2: expected the voxel spacing.*found.*13\.7.*resample_to=ANGSTROM"
+    ):
+        TomogramDataModule(*folders, RUNS, [], load_particles(), TILE, Sampling(), OFF)
 
 
 @pytest.mark.parametrize(("kind", "tilt_range"), [("grid", 0.0), ("balanced", 0.0), ("balanced", 20.0)])

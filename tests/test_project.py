@@ -53,7 +53,7 @@ def test_every_experiment_builds_its_network_optimizer_and_schedule(experiment: 
             "train", [f"experiment={experiment}", "model.pretrained=false", "model.decoder_channels=[8,8,8]"]
         )
     kwargs = {k: v for k, v in cfg.model.items() if not k.startswith(("ema", "freeze", "resume"))}
-    net = czii25d.create_model(**kwargs)
+    net = czii25d.create_model(**{**kwargs, "class_num": 6})
     optimizer = optimizer_factory(cfg)(net)
     schedule = create_schedule(cfg, optimizer, 10)
     rates = []
