@@ -149,6 +149,7 @@ def create_module(cfg: DictConfig, data: TomogramDataModule, particles: Particle
         model_kwargs.pop(key, None)
     if cfg.model.resume_path:
         model_kwargs |= {"pretrained": False, "pretrained_path": None}
+    model_kwargs["class_num"] = len(particles)
     model = create_model(**model_kwargs)
     if cfg.model.resume_path:
         weights, _ = load_checkpoint(
