@@ -62,7 +62,7 @@ def test_every_experiment_builds_its_network_optimizer_and_schedule(experiment: 
             ],
         )
     kwargs = {k: v for k, v in cfg.model.items() if not k.startswith(("ema", "freeze", "resume"))}
-    net = czii25d.create_model(**kwargs)
+    net = czii25d.create_model(**{**kwargs, "class_num": 6})
     optimizer = optimizer_factory(cfg)(net)
     schedule = create_schedule(cfg, optimizer, 10)
     rates = []

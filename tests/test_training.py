@@ -10,7 +10,9 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import get_args
 
 import hydra
 import numpy as np
@@ -21,6 +23,9 @@ import zarr
 from conftest import PROJECT, run_script
 
 import czii25d
+from czii25d.data.cache import load_volumes
+from czii25d.data.datamodule import TomogramDataModule
+from czii25d.data.dataset import Delivery
 from czii25d.data.predictions import read_predictions
 from czii25d.errors import InputError
 from czii25d.models.checkpoint import load_checkpoint, read_card
@@ -325,6 +330,34 @@ def test_wandb_works_offline_without_a_prompt(work: Path, monkeypatch: pytest.Mo
 def test_loss_that_stays_not_finite_stops_the_training(work: Path) -> None:
     with pytest.raises(InputError, match=r"step \d+.*finite loss.*opt\.lr"):
         train(compose("trainer.max_epochs=60", "opt.lr=1e30", "opt.opt=sgd", "data.train_all=true"))
+
+
+EVERYTHING = [
+    *(
+        f"data.augment.{name}_prob=0.5"
+        for name in ("rotate", "flip_x", "flip_z", "contrast", "noise", "wedge", "paste")
+    ),
+    *("data.augment.tilt_range=5", "data.augment.stretch_range=0.1", "data.augment.noise_tilt=60"),
+    *("data.augment.noise_pink=1", "trainer.max_epochs=1", "data.train_all=true", "loss.mixup=0.5"),
+]
+
+
+def test_tiles_that_the_device_makes_train_the_same_network(work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU: workers send plans, or boxes, and the tiles are made where the batch comes to."""
+    expected = train(compose(*EVERYTHING, "data.cache=host", "data.num_workers=1"))["train/loss"]
+
+    def delivering(delivers: Delivery) -> Callable[[TomogramDataModule, torch.device], None]:
+        def move_to(data: TomogramDataModule, device: torch.device) -> None:
+            data._on_device = load_volumes(data.dataset.all_volumes, "device", device)
+            data.dataset.delivers = delivers
+
+        return move_to
+
+    for delivers in get_args(Delivery)[1:]:
+        monkeypatch.setattr(TomogramDataModule, "move_to", delivering(delivers))
+        metrics = train(compose(*EVERYTHING, "resume=false", "data.num_workers=1"))
+        assert metrics["train/loss"] == pytest.approx(expected, rel=1e-3), delivers
+    assert train(compose(*EVERYTHING, "resume=false", "seed=1"))["train/loss"] != pytest.approx(expected, rel=1e-3)
 
 
 def test_learning_lowers_the_loss(work: Path) -> None:

@@ -42,7 +42,7 @@ from czii25d.training.module import HeatmapModule
 logger = logging.getLogger(__name__)
 
 NOT_FOR_THE_CONSTRUCTOR = ("ema", "ema_decay", "ema_warmup", "freeze_backbone_epochs", "resume_path")
-MAY_CHANGE_ON_RESUME = ("resume", "paths", "wandb", "trainer", "infer", "hydra", "data.num_workers")
+MAY_CHANGE_ON_RESUME = ("resume", "paths", "wandb", "trainer", "infer", "hydra", "data.num_workers", "data.cache")
 BEST_BY = ("fbeta_ranked", "fbeta", "fbeta_fixed")  # as `HeatmapModule` logs them, under val/
 SCHEDULES = ("cosine", "tanh", "step", "poly")
 
@@ -134,6 +134,8 @@ def create_data(cfg: DictConfig, particles: ParticleSet) -> TomogramDataModule:
         cfg.data.num_workers,
         cfg.seed,
         regions_key(cfg.regions),
+        cfg.data.cache,
+        list(cfg.data.reconstructions),
     )
 
 
