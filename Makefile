@@ -38,7 +38,7 @@ demo: $(STAMP) ## simulate, prepare, train, predict and score; 4 to 9 minutes on
 docs: $(STAMP) ## the site of docs/ into site/, without a network but for the install; any warning is an error
 	$(BIN)/python -m pip install --disable-pip-version-check -q -e '.[docs]'
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
-	@echo "open site/index.html"
+	@echo "open site/index.html; for the search: $(BIN)/python -m http.server -d site"
 
 benchmark: $(STAMP) ## speed and memory beside the published procedure, on the data set in INPUT (default input)
 	$(BIN)/python -m pip install --disable-pip-version-check -q -e '.[benchmark]'

@@ -52,7 +52,6 @@ SMALLER = {
     ],
     "predict": PREDICT_SMALL,
     "fit_thresholds": PREDICT_SMALL,
-    "export": ["export.format=onnx", "export.precision=fp32"],
     "report": ["pictured_runs=1"],
 }
 pytestmark = [
@@ -68,6 +67,8 @@ def run_commands(page: str, change: Callable[[str], str] = str) -> None:
     """Run a page's commands in their order, where we are."""
     for command in commands_of((DOCS / page).read_text()):
         known, jobs = parse_command(change(command))
+        if known.config == "export":  # takes seconds; tests/test_export.py runs it
+            continue
         module, _, function = known.function.partition(":")
         for overrides in jobs:
             cfg = load_config(known.config, [*overrides, *SMALLER.get(known.config, [])])
@@ -95,7 +96,6 @@ def test_from_the_competitions_data_to_a_submission(tmp_path: Path, monkeypatch:
     assert sorted(thresholds) == [sorted(RUNS)[fold] for fold in (2, 3, 4, 6)]
     submission = pd.read_csv(tmp_path / "output/predictions/submission.csv")
     assert list(submission.columns) == ["id", "experiment", "particle_type", "x", "y", "z"]
-    assert {"fold2.fp32.onnx", "fold3.fp32.onnx"} <= {path.name for path in (tmp_path / "output/engines").iterdir()}
 
 
 @pytest.fixture
