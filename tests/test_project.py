@@ -61,8 +61,8 @@ def test_every_experiment_builds_its_network_optimizer_and_schedule(experiment: 
                 "model.class_num=6",
             ],
         )
-    kwargs = {k: v for k, v in cfg.model.items() if not k.startswith(("ema", "freeze", "resume"))}
-    net = czii25d.create_model(**{**kwargs, "class_num": 6})
+    kwargs = {k: v for k, v in cfg.model.items() if not k.startswith(("ema", "freeze", "resume", "compile"))}
+    net = czii25d.create_model(**kwargs)
     optimizer = optimizer_factory(cfg)(net)
     schedule = create_schedule(cfg, optimizer, 10)
     rates = []
@@ -108,11 +108,13 @@ def parse_command(command: str) -> tuple[Command, list[list[str]]]:
         overrides = translate_runs(overrides)
     if "-m" not in overrides:
         return known, [overrides]
-    # Launchers and sweepers are plugins, which need not be installed.
-    choices = [
-        [f"{key}={value}" for value in (values.split(",") if re.fullmatch(r"[^\[\]{}()]+", values) else [values])]
-        for key, _, values in (each.partition("=") for each in overrides if not each.startswith(("-m", "hydra")))
-    ]
+    choices = []
+    for key, _, values in (each.partition("=") for each in overrides):
+        if key == "-m" or key.startswith("hydra"):  # launchers and sweepers are plugins, which need not be installed
+            continue
+        values = re.sub(r"^tag\(\w+,interval\(([^,]+),.*", r"\1", values)  # of a search, one end
+        several = values.split(",") if re.fullmatch(r"[^\[\]{}()]+", values) else [values]
+        choices.append([f"{key}={value}" for value in several])
     return known, [list(job) for job in itertools.product(*choices)]
 
 
