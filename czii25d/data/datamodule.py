@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import signal
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,8 @@ from czii25d.data.volumes import Normalization, Volume, open_volume
 from czii25d.errors import InputError, did_you_mean
 from czii25d.geometry import Shape3D
 from czii25d.particles import ParticleSet
+
+logger = logging.getLogger(__name__)
 
 
 def split_runs(
@@ -55,6 +59,8 @@ def split_runs(
         held_out = [fold_id]
     else:
         held_out = list(fold_id) if isinstance(fold_id, Sequence) else [str(fold_id)]
+    if len(set(held_out)) != len(held_out):
+        raise InputError("key data.fold_id", "each run once", ", ".join(map(str, held_out)), "remove the repetition")
     for name in held_out:
         if name not in names:
             hint = did_you_mean(str(name), names)
@@ -104,6 +110,7 @@ class TomogramDataModule(L.LightningDataModule):
         if num_workers < 0:
             raise InputError("key data.num_workers", "at least 0", str(num_workers), "raise it")
         self.batch_size, self.num_workers, self.seed = batch_size, num_workers, seed
+        self._epoch, self._batch = 0, 0  # where a resumed training stands
 
         def open_runs(names: Sequence[str]) -> list[tuple[Volume, HeatmapTarget]]:
             return [
@@ -123,6 +130,7 @@ class TomogramDataModule(L.LightningDataModule):
                     f"{target.shape}",
                     "run 02_create_mask.py again",
                 )
+        check_classes([target for _, target in train], [target for _, target in self.held_out], particles)
         self.voxel_spacing = train[0][0].voxel_spacing
         for volume, target in (*train, *self.held_out):
             ratio = max(max(a / b, b / a) for a, b in zip(volume.voxel_spacing, self.voxel_spacing, strict=True))
@@ -142,15 +150,61 @@ class TomogramDataModule(L.LightningDataModule):
             seed,
         )
 
+    def state_dict(self) -> dict[str, Any]:
+        """Return which batch of which epoch comes next, and of what data."""
+        if self.trainer is None:
+            return {}
+        epoch, batch = self.trainer.current_epoch, self.trainer.fit_loop.epoch_loop.batch_progress.current.completed
+        if batch >= self.trainer.num_training_batches:
+            epoch, batch = epoch + 1, 0
+        return {"epoch": epoch, "batch": batch, "world_size": self.trainer.world_size, **self._contents()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on where a checkpoint stands.
+
+        Raises
+        ------
+        InputError
+            If it was trained on other runs, or stands within an epoch that another number of processes shared.
+        """
+        for key, value in self._contents().items():
+            if state_dict.get(key, value) != value:
+                raise InputError(
+                    "resume",
+                    f"the {key} of the interrupted training, {_listed(state_dict[key])}",
+                    _listed(value),
+                    "choose another wandb.name, restore the data, or start over with resume=false",
+                )
+        world_size = self.trainer.world_size if self.trainer else 1
+        if state_dict["batch"] and state_dict["world_size"] != world_size:
+            raise InputError(
+                "key trainer.devices",
+                f"{state_dict['world_size']} processes, which share the epoch that was interrupted",
+                str(world_size),
+                "restore it until the epoch has ended",
+            )
+        self._epoch, self._batch = state_dict["epoch"], state_dict["batch"]
+
+    def _contents(self) -> dict[str, Any]:
+        return {
+            "training runs": [target.run for target in self.dataset.targets],
+            "held-out runs": [target.run for _, target in self.held_out],
+            "number of samples": len(self.dataset),
+        }
+
     def train_dataloader(self) -> DataLoader:
         """Return the loader of ``(B, 1, D, H, W)`` images and ``(B, C, D, H, W)`` heatmaps."""
         world_size = self.trainer.world_size if self.trainer else 1
         rank = self.trainer.global_rank if self.trainer else 0
+        sampler = EpochSampler(
+            len(self.dataset), self.seed, rank, world_size, self._epoch, self._batch * self.batch_size
+        )
         return DataLoader(
             self.dataset,
             batch_size=self.batch_size,
-            sampler=EpochSampler(len(self.dataset), self.seed, rank, world_size),
+            sampler=sampler,
             num_workers=self.num_workers,
+            worker_init_fn=leave_signals_to_the_trainer,
             persistent_workers=self.num_workers > 0,
             pin_memory=self.trainer is not None and self.trainer.accelerator.__class__.__name__ == "CUDAAccelerator",
             drop_last=len(self.dataset) // world_size >= self.batch_size,
@@ -163,6 +217,35 @@ class TomogramDataModule(L.LightningDataModule):
         mine = range(len(self.held_out))[rank::world_size]
         positions: Any = list(mine)
         return DataLoader(positions, batch_size=None) if self.held_out else []
+
+
+def check_classes(train: Sequence[HeatmapTarget], held_out: Sequence[HeatmapTarget], particles: ParticleSet) -> None:
+    """Refuse particles without a pick in any run, and warn of those that only held-out runs have."""
+
+    def names_in(targets: Sequence[HeatmapTarget]) -> set[str]:
+        return {particles.names[int(channel)] for target in targets for channel in target.channels}
+
+    absent = [name for name in particles.names if name not in names_in([*train, *held_out])]
+    if absent:
+        raise InputError(
+            "training data",
+            f"picks of each of the {len(particles)} particles",
+            f"none of {', '.join(absent)} in any run",
+            "add runs that have them, or leave them out of the particles and run 02_create_mask.py again",
+        )
+    unseen = [name for name in particles.names if name not in names_in(train)]
+    if unseen:
+        logger.warning("no training run has picks of %s: this fold cannot learn them", ", ".join(unseen))
+
+
+def leave_signals_to_the_trainer(worker: int) -> None:
+    """Let a worker live on when the whole job is told to end: the trainer still needs its step's batch."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
+        signal.signal(number, signal.SIG_IGN)
+
+
+def _listed(value: Any) -> str:
+    return ", ".join(value) or "none" if isinstance(value, list) else str(value)
 
 
 def check_target(target: HeatmapTarget, particles: ParticleSet, where: Path) -> HeatmapTarget:
