@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import multiprocessing
 import os
 import random
 import shutil
@@ -11,8 +12,10 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
+import hydra
 import pytest
 import torch
 from conftest import PROJECT
@@ -23,6 +26,8 @@ from test_training import work as work
 from czii25d.data.dataset import EpochSampler
 from czii25d.errors import InputError
 from czii25d.models.checkpoint import load_checkpoint
+from czii25d.particles import conf_dir
+from czii25d.pipeline.app import one_line_errors, set_up_logging
 from czii25d.pipeline.train import train
 from czii25d.training.callbacks import TERMINATED
 from czii25d.training.module import HeatmapModule
@@ -45,10 +50,56 @@ HARD = [
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(PROJECT)}
 
 
-def start(cwd: Path, *overrides: str, **kwargs) -> subprocess.Popen[str]:
+SERVER = multiprocessing.get_context("forkserver")  # a process of its own for each training, imports paid once
+SERVER.set_forkserver_preload(["czii25d.pipeline.train", "hydra", "test_training"])
+
+
+def train_here(cwd: Path, log: Path, overrides: list[str]) -> None:
+    """Train, as 11_train.py does, in a process group of its own."""
+    os.setsid()
+    os.chdir(cwd)
+    with log.open("a") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    torch.set_num_threads(1)
+    set_up_logging()
+    with hydra.initialize_config_dir(str(conf_dir().resolve()), version_base="1.3"):
+        cfg = hydra.compose("train", overrides)
+    with one_line_errors("train"):
+        train(cfg)
+
+
+class Training:
+    """A training in another process."""
+
+    def __init__(self, cwd: Path, *overrides: str) -> None:
+        self.log = cwd / "log"
+        self.log.write_text("")
+        self.process = SERVER.Process(target=train_here, args=(cwd, self.log, list(overrides)))
+        self.process.start()
+        self.pid = self.process.pid
+
+    def wait_for(self, condition: Callable[[], object]) -> None:
+        """Wait until the condition holds or the training has ended."""
+        deadline = time.monotonic() + 120
+        while not condition() and self.process.is_alive():
+            assert time.monotonic() < deadline
+            time.sleep(0.005)
+
+    def finish(self, seconds: float = 120) -> tuple[int | None, str]:
+        """Return the exit status and what was written to standard error."""
+        self.process.join(seconds)
+        if self.process.is_alive():
+            self.process.kill()
+            pytest.fail(f"still there after {seconds} s: {self.log.read_text()}")
+        return self.process.exitcode, self.log.read_text()
+
+
+def start(cwd: Path, *overrides: str) -> subprocess.Popen[str]:
+    """Start the script, for trainings that start processes themselves."""
     command = [sys.executable, str(PROJECT / "11_train.py"), *overrides]
     return subprocess.Popen(
-        command, cwd=cwd, env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, **kwargs
+        command, cwd=cwd, env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
     )
 
 
@@ -60,7 +111,7 @@ def finish(process: subprocess.Popen[str], seconds: float = 120) -> tuple[int, s
     return process.returncode, stderr
 
 
-def wait_for(condition, process: subprocess.Popen[str]) -> None:
+def wait_for(condition: Callable[[], object], process: subprocess.Popen[str]) -> None:
     deadline = time.monotonic() + 120
     while not condition() and process.poll() is None:
         assert time.monotonic() < deadline
@@ -89,7 +140,7 @@ def undisturbed(prepared_dir: Path, tmp_path_factory: pytest.TempPathFactory) ->
     """The folder of a training that nothing has disturbed."""
     cwd = tmp_path_factory.mktemp("undisturbed")
     (cwd / "output").symlink_to(prepared_dir / "output")
-    code, stderr = finish(start(cwd, *HARD))
+    code, stderr = Training(cwd, *HARD).finish()
     assert code == 0, stderr
     return cwd / "saved_models/tiny"
 
@@ -104,17 +155,17 @@ def test_killed_again_and_again_it_ends_with_the_same_weights(work: Path, undist
     """Before the first checkpoint, within an epoch, while saving, while validating: wherever the clock strikes."""
     last, rng = work / "saved_models/tiny/last.ckpt", random.Random(7)
     kills = 0
-    for attempt in range(12):
-        process = start(work, *HARD)
+    while True:
+        training = Training(work, *HARD)
         before = last.stat().st_mtime_ns if last.exists() else 0
-        wait_for(lambda: (last.stat().st_mtime_ns if last.exists() else 0) != before, process)
-        time.sleep(rng.uniform(0, 0.4))
-        if kills == 4 or process.poll() is not None:
+        training.wait_for(lambda before=before: last.exists() and last.stat().st_mtime_ns != before)
+        time.sleep(rng.uniform(0, 0.2))
+        if kills == 4 or not training.process.is_alive():
             break
-        process.send_signal(signal.SIGKILL)
-        code, _ = finish(process)
+        os.killpg(training.pid, signal.SIGKILL)
+        code, _ = training.finish()
         kills += code == -signal.SIGKILL
-    code, stderr = finish(process)
+    code, stderr = training.finish()
     assert code == 0 and kills >= 2, (kills, stderr)
     assert "going on from" in stderr
     assert_same_training(undisturbed, work / "saved_models/tiny")
@@ -123,15 +174,15 @@ def test_killed_again_and_again_it_ends_with_the_same_weights(work: Path, undist
 @pytest.mark.parametrize("group", [False, True], ids=["the trainer alone", "its workers too"])
 def test_told_to_end_it_saves_within_the_epoch_and_goes_on(work: Path, undisturbed: Path, group: bool) -> None:
     overrides = [*HARD, "save_every_minutes=null"]
-    process = start(work, *overrides, start_new_session=True)
+    training = Training(work, *overrides)
     last = work / "saved_models/tiny/last.ckpt"
-    wait_for(last.exists, process)  # the end of the first epoch
-    (os.killpg if group else os.kill)(process.pid, signal.SIGTERM)
-    code, stderr = finish(process)
+    training.wait_for(last.exists)  # the end of the first epoch
+    (os.killpg if group else os.kill)(training.pid, signal.SIGTERM)
+    code, stderr = training.finish()
     assert code == TERMINATED, stderr
     [line] = [line for line in stderr.splitlines() if "told to end" in line]
     assert "SIGTERM" in line and "last.ckpt" in line and "Traceback" not in stderr
-    code, stderr = finish(start(work, *overrides))
+    code, stderr = Training(work, *overrides).finish()
     assert code == 0, stderr
     assert_same_training(undisturbed, work / "saved_models/tiny")
 
@@ -326,7 +377,8 @@ def test_when_a_process_dies_the_others_end_with_one_line(work: Path, victim: st
 
 
 def test_two_processes_end_at_the_same_step_when_one_is_told_to(work: Path) -> None:
-    overrides = [*TINY, *TWO, "trainer.max_epochs=3", "data.sampling.samples_per_epoch=24", "trainer.deterministic=true"]
+    overrides = [*TINY, *TWO, "trainer.max_epochs=3", "data.sampling.samples_per_epoch=24"]
+    overrides += ["trainer.deterministic=true"]
     code, stderr = finish(start(work, *overrides, "wandb.name=undisturbed"))
     assert code == 0, stderr
     process = start(work, *overrides)

@@ -1,7 +1,8 @@
 """Model soups: the mean of several networks' weights, one network that costs no more than any of them.
 
-Wortsman et al. 2022, arXiv:2203.05482. It works where the networks lie in one basin of the loss: epochs of one training,
-or trainings that started from the same weights; networks trained from scratch apart from each other do not average.
+Wortsman et al. 2022, arXiv:2203.05482. It works where the networks lie in one basin of the loss: epochs of one
+training, or trainings that started from the same weights; networks trained from scratch apart from each other do not
+average.
 """
 
 from __future__ import annotations

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from czii25d.data.targets import HeatmapTarget
 from czii25d.data.volumes import Volume
+from czii25d.errors import InputError
 from czii25d.inference import InferenceOptions, pick_volume
 from czii25d.losses import Loss, Mixer
 from czii25d.metrics import evaluate, fit_thresholds
