@@ -286,7 +286,9 @@ def test_another_network_or_data_set_is_not_gone_on_with(work: Path) -> None:
     with pytest.raises(InputError, match=r"last\.ckpt: expected a training of this network, model\.in_channels 5"):
         train(compose(*base, "wandb.name=b", f"resume={folder}/last.ckpt", "model.in_channels=5"))
     [top] = (folder / "top").iterdir()
-    with pytest.raises(InputError, match=r"epoch0000\.ckpt: expected a training to go on with.*model\.resume_path"):
+    with pytest.raises(
+        InputError, match=r"epoch0000\.ckpt: expected a training of 11_train.py to go on with.*model\.resume_path"
+    ):
         train(compose(*base, "wandb.name=b", f"resume={top}"))
     shutil.copytree(work / "output", work / "other")
     for path in ("volumes/train/TS_5_4", "heatmaps/TS_5_4.zarr"):

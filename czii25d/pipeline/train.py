@@ -380,13 +380,17 @@ def find_checkpoint(cfg: DictConfig, folder: Path) -> str | None:
 
 def check_resumable(path: Path, cfg: DictConfig) -> None:
     """Refuse a file that holds no training, or that of another network."""
-    load_checkpoint(path)  # readable and ours, or one clear line
-    content = {} if path.suffix == ".safetensors" else torch.load(path, "cpu", weights_only=True, mmap=True)
-    if not {"loops", "optimizer_states"} <= set(content):
+    card = read_card(path)  # a readable file, or one clear line
+    lightning = card is not None and path.suffix != ".safetensors"
+    content = torch.load(path, "cpu", weights_only=True, mmap=True) if lightning else {}
+    if card is None or not {"loops", "optimizer_states"} <= set(content):
         raise InputError(
-            path, "a training to go on with", "weights alone", "set model.resume_path to start a new one from them"
+            path,
+            "a training of 11_train.py to go on with",
+            "weights alone",
+            "set model.resume_path to start a new training from them",
         )
-    stored = ModelCard.from_dict(content["czii25d"], path).model
+    stored = card.model
     for key in SHAPING_KEYS:
         own = cfg.model.get(key)
         if (OmegaConf.to_container(own) if OmegaConf.is_config(own) else own) != stored.get(key):

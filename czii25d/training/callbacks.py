@@ -189,9 +189,7 @@ class LastCheckpoint(Checkpoint):
         if told := self._agree(trainer, self._told):
             self._end(trainer, told)
 
-    def on_save_checkpoint(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]
-    ) -> None:
+    def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         """Between two steps, let the batch that has been fetched count as one to come."""
         if self._between_steps:
             progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
@@ -242,7 +240,7 @@ class LastCheckpoint(Checkpoint):
             where = f"{self.path} is written" if self.path.exists() else "no step to save yet"
             name = signal.Signals(number).name
             logger.info("told to end (%s), %s; start the same command again to go on", name, where)
-        raise SystemExit(TERMINATED)
+        raise SystemExit(TERMINATED if trainer.is_global_zero else 0)  # Lightning kills the first when another fails
 
 
 class EndTogether(L.Callback):
@@ -258,20 +256,24 @@ class EndTogether(L.Callback):
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Start to look."""
+        if trainer.world_size == 1:
+            return
         launcher = trainer.strategy.launcher
-        if trainer.world_size > 1 and isinstance(launcher, _SubprocessScriptLauncher):
-            watch = self._watch_children if launcher.procs else self._watch_parent
-            threading.Thread(target=watch, args=(launcher, os.getppid()), daemon=True).start()
+        if isinstance(launcher, _SubprocessScriptLauncher):
+            thread = threading.Thread(target=self._watch_children, args=(launcher,), daemon=True)
+        else:
+            thread = threading.Thread(target=self._watch_parent, args=(os.getppid(),), daemon=True)
+        thread.start()
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Stop looking."""
         self._over.set()
 
-    def _watch_children(self, launcher: _SubprocessScriptLauncher, parent: int) -> None:
+    def _watch_children(self, launcher: _SubprocessScriptLauncher) -> None:
         while not self._over.wait(self.INTERVAL_SECONDS):
             for rank, process in enumerate(launcher.procs, start=1):
                 status = process.poll()
-                if status not in (None, 0, TERMINATED):
+                if status:
                     logger.error(
                         "error: process %d of the training has died (status %d), so the others end too; "
                         "start the same command again to go on",
@@ -281,7 +283,7 @@ class EndTogether(L.Callback):
                     launcher.kill(signal.SIGKILL)
                     os._exit(2)  # the main thread may wait for the dead process for ever
 
-    def _watch_parent(self, launcher: _SubprocessScriptLauncher, parent: int) -> None:
+    def _watch_parent(self, parent: int) -> None:
         while not self._over.wait(self.INTERVAL_SECONDS):
             if os.getppid() != parent:
                 os._exit(2)
