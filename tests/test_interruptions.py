@@ -335,19 +335,6 @@ def test_two_processes_score_like_one(work: Path) -> None:
 TWO = ["trainer.devices=2", "trainer.strategy=ddp", "data.fold_id=[TS_6_4]", "data.train_all=false"]
 
 
-def test_two_processes_step_like_one_with_twice_the_batch(work: Path) -> None:
-    """The gradient is the mean over all tiles, so only how a batch is normalised and mixed differs: not at all here."""
-    # held out: nothing; both tiles of a step are the same whoever computes them, but for batch normalisation
-    base = [*TINY, "data.train_all=true", "trainer.max_epochs=1", "loss.mixup=0", "trainer.sync_batchnorm=false"]
-    base += ["opt.opt=sgd", "data.sampling.samples_per_epoch=8", "model.ema=false", "opt.lr=1e-6"]
-    for name, extra in (("one", ["data.batch_size=4"]), ("two", ["data.batch_size=2", *TWO[:2]])):
-        code, stderr = finish(start(work, *base, f"wandb.name={name}", *extra))
-        assert code == 0, stderr
-    one, two = (table(work / f"saved_models/{name}/metrics.csv") for name in ("one", "two"))
-    assert one[0]["step"] == two[0]["step"] == "2"
-    assert float(one[0]["train/loss"]) == pytest.approx(float(two[0]["train/loss"]), rel=0.1)
-
-
 def children(pid: int) -> list[int]:
     path = Path(f"/proc/{pid}/task/{pid}/children")
     return [int(word) for word in path.read_text().split()] if path.exists() else []
