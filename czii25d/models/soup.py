@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -64,7 +65,9 @@ def soup_card(cards: Mapping[Path, ModelCard]) -> ModelCard:
     (first_path, first), *others = cards.items()
     fold = list(first.fold)
     for path, card in others:
-        pairs = [(f"model.{key}", first.model.get(key), card.model.get(key)) for key in SHAPING_KEYS]
+        pairs: list[tuple[str, Any, Any]] = [
+            (f"model.{key}", first.model.get(key), card.model.get(key)) for key in SHAPING_KEYS
+        ]
         pairs += [
             (name, getattr(first, name), getattr(card, name))
             for name in ("particles", "voxel_spacing", "normalization", "offset_voxel")

@@ -110,8 +110,8 @@ def fit(trainer: L.Trainer, module: HeatmapModule, data: TomogramDataModule, che
                 "none any more",
                 "see why the first of them ended, and start the same command again to go on",
             ) from error
-        except SystemExit:
-            if isinstance(sys.exc_info()[1].__context__, KeyboardInterrupt):  # how Lightning answers to Ctrl-C
+        except SystemExit as error:
+            if isinstance(error.__context__, KeyboardInterrupt):  # how Lightning answers to Ctrl-C
                 raise KeyboardInterrupt from None
             raise
     if trainer.interrupted:

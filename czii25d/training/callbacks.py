@@ -59,7 +59,7 @@ class EpochLog(L.Callback):
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Add the loss of all processes to the epoch's, unless it is not finite."""
-        loss: Tensor = trainer.strategy.reduce(outputs["loss"].detach().clone(), reduce_op="mean")  # type: ignore[assignment]
+        loss: Tensor = trainer.strategy.reduce(outputs["loss"].detach().clone(), reduce_op="mean")
         pl_module.log("train/loss_step", loss, on_step=True, on_epoch=False)
         loss = torch.stack([loss, torch.ones_like(loss)]).float()
         self._loss += torch.where(loss.isfinite().all(), loss, 0.0)
@@ -213,7 +213,7 @@ class LastCheckpoint(Checkpoint):
     @staticmethod
     def _validates(trainer: L.Trainer) -> bool:
         every = trainer.check_val_every_n_epoch
-        return bool(every) and (trainer.current_epoch + 1) % every == 0
+        return every is not None and (trainer.current_epoch + 1) % every == 0
 
     @staticmethod
     def _agree(trainer: L.Trainer, value: int) -> int:
@@ -224,7 +224,7 @@ class LastCheckpoint(Checkpoint):
         return int(trainer.strategy.reduce(mine, reduce_op="max"))
 
     def _save(self, trainer: L.Trainer) -> None:
-        if not trainer.fast_dev_run:
+        if not getattr(trainer, "fast_dev_run", False):
             trainer.save_checkpoint(self.path)
             self._saved_at = time.monotonic()
 
