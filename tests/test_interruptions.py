@@ -13,6 +13,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import hydra
@@ -346,22 +347,29 @@ def test_two_processes_score_like_one(work: Path) -> None:
 TWO = ["trainer.devices=2", "trainer.strategy=ddp", "data.fold_id=[TS_6_4]", "data.train_all=false"]
 
 
-def children(pid: int) -> list[int]:
-    path = Path(f"/proc/{pid}/task/{pid}/children")
-    return [int(word) for word in path.read_text().split()] if path.exists() else []
+def process_of_rank_one(parent: int) -> int:
+    """Return the process that Lightning has started."""
+    for folder in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):
+            is_child = f"PPid:\t{parent}\n" in (folder / "status").read_text()
+            if is_child and b"LOCAL_RANK=1" in (folder / "environ").read_bytes():
+                return int(folder.name)
+    raise AssertionError("there is no second process")
 
 
-def is_rank_one(pid: int) -> bool:
-    return b"LOCAL_RANK=1" in Path(f"/proc/{pid}/environ").read_bytes()
+def is_there(pid: int) -> bool:
+    with suppress(OSError):
+        return "State:\tZ" not in Path(f"/proc/{pid}/status").read_text()
+    return False
 
 
-@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="looks for processes in /proc")
+@pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="looks for processes in /proc")
 @pytest.mark.parametrize("victim", ["first", "second"])
 def test_when_a_process_dies_the_others_end_with_one_line(work: Path, victim: str) -> None:
     process = start(work, *TINY, *TWO, "trainer.max_epochs=200")
     last = work / "saved_models/tiny/last.ckpt"
     wait_for(last.exists, process)
-    [other] = [pid for pid in children(process.pid) if is_rank_one(pid)]
+    other = process_of_rank_one(process.pid)
     os.kill(process.pid if victim == "first" else other, signal.SIGKILL)
     code, stderr = finish(process, 30)
     if victim == "second":
@@ -369,7 +377,7 @@ def test_when_a_process_dies_the_others_end_with_one_line(work: Path, victim: st
         [line] = [line for line in stderr.splitlines() if "error" in line.lower()]
         assert "process 1 of the training has died" in line and "go on" in line
     deadline = time.monotonic() + 10
-    while Path(f"/proc/{other}").exists() and "State:\tZ" not in Path(f"/proc/{other}/status").read_text():
+    while is_there(other):
         assert time.monotonic() < deadline, "the other one lives on"
         time.sleep(0.1)
     assert "Traceback" not in stderr
@@ -397,4 +405,4 @@ def test_a_sweep_of_trainings_with_two_processes_each(work: Path) -> None:
     assert code == 0, stderr
     cards = [load_checkpoint(work / f"saved_models/fold{fold}/best.ckpt")[1] for fold in (0, 2)]
     assert [card.fold for card in cards] == [["TS_5_4"], ["TS_6_4"]]
-    assert len(stderr.split("training on")) == 5, "two trainings of two processes"
+    assert stderr.count("training on") == 2, "a fold each, said once"

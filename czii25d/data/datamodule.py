@@ -211,11 +211,14 @@ class TomogramDataModule(L.LightningDataModule):
         )
 
     def val_dataloader(self) -> DataLoader | list:
-        """Return a loader of positions in ``held_out``, one whole tomogram each, dealt out to the processes."""
+        """Return a loader of positions in ``held_out``, one whole tomogram each, dealt out to the processes.
+
+        Every process gets equally many; -1 stands for none.
+        """
         world_size = self.trainer.world_size if self.trainer else 1
         rank = self.trainer.global_rank if self.trainer else 0
-        mine = range(len(self.held_out))[rank::world_size]
-        positions: Any = list(mine)
+        mine = list(range(len(self.held_out)))[rank::world_size]
+        positions: Any = mine + [-1] * (-(-len(self.held_out) // world_size) - len(mine))
         return DataLoader(positions, batch_size=None) if self.held_out else []
 
 

@@ -64,6 +64,8 @@ def train(cfg: DictConfig) -> float | None:
     score
         The highest ``val/<best_by>``; ``None`` when nothing was held out or validated.
     """
+    if os.environ.get("LOCAL_RANK", "0") != "0":
+        logging.getLogger("czii25d").setLevel(logging.WARNING)  # the first process speaks for all
     folder = Path(cfg.paths.saved_models) / cfg.wandb.name
     checkpoint = find_checkpoint(cfg, folder)
     L.seed_everything(cfg.seed, workers=True, verbose=False)
@@ -73,7 +75,8 @@ def train(cfg: DictConfig) -> float | None:
     trained, held_out = [v.name for v in data.dataset.volumes], [volume.name for volume, _ in data.held_out]
     module = create_module(cfg, data, particles)
     logger.info("%s: training on %s; held out: %s", cfg.wandb.name, ", ".join(trained), ", ".join(held_out) or "none")
-    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)  # no news of devices and advertisements
+    for name in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.WARNING)  # no news of devices and advertisements
     trainer = create_trainer(cfg, folder, judged=bool(held_out))
     if trainer.strategy.root_device.type == "cpu":
         keep_freed_memory()

@@ -259,7 +259,7 @@ class EndTogether(L.Callback):
         if trainer.world_size == 1:
             return
         launcher = trainer.strategy.launcher
-        if isinstance(launcher, _SubprocessScriptLauncher):
+        if isinstance(launcher, _SubprocessScriptLauncher) and launcher.procs:
             thread = threading.Thread(target=self._watch_children, args=(launcher,), daemon=True)
         else:
             thread = threading.Thread(target=self._watch_parent, args=(os.getppid(),), daemon=True)

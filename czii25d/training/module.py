@@ -185,7 +185,9 @@ class HeatmapModule(L.LightningModule):
         self._picks = []
 
     def validation_step(self, position: int, batch_idx: int) -> None:
-        """Pick one held-out tomogram with the very function that prediction uses."""
+        """Pick one held-out tomogram with the very function that prediction uses; none at position -1."""
+        if position < 0:
+            return
         volume, target = self.held_out[position]
         predictor = TorchNetwork(
             self.judged_model, self.device
