@@ -101,6 +101,7 @@ def fit(trainer: L.Trainer, module: HeatmapModule, data: TomogramDataModule, che
     with warnings.catch_warnings():
         # Lightning advises on workers and logging intervals; what matters of it is in our keys' comments.
         warnings.filterwarnings("ignore", module=r"lightning\..*")
+        warnings.filterwarnings("ignore", "Grad strides do not match")  # of depthwise weights, with several processes
         try:
             trainer.fit(module, datamodule=data, ckpt_path=checkpoint, **safe)
         except RuntimeError as error:
