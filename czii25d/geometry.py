@@ -24,6 +24,11 @@ Spacing3D = tuple[float, float, float]
 PUBLISHED_OFFSET_VOXEL = -0.5
 
 
+def spacing_text(voxel_spacing: Spacing3D) -> str:
+    """Write a voxel spacing for people."""
+    return f"{' x '.join(f'{side:.4g}' for side in voxel_spacing)} angstrom (z, y, x)"
+
+
 def xyz_angstrom_to_zyx_voxel(locations_xyz_angstrom: ArrayLike, voxel_spacing: Spacing3D) -> NDArray[np.float64]:
     """Turn ``(N, 3)`` points, x y z in angstrom, into ``(N, 3)`` fractional indices, z y x.
 

@@ -42,6 +42,21 @@ def balanced_mse(prediction: Tensor, target: Tensor, background: float = 1.0) ->
 LOSSES: dict[str, Callable[..., Tensor]] = {"weighted_mse": weighted_mse, "balanced_mse": balanced_mse}
 
 
+def on_labelled(loss: Loss) -> Loss:
+    """Return the loss of the voxels whose target is known, which is not NaN; 0 where none is.
+
+    What nobody has labelled is neither particle nor background.
+    """
+
+    def labelled_loss(prediction: Tensor, target: Tensor) -> Tensor:
+        is_labelled = ~torch.isnan(target)
+        if not is_labelled.any():
+            return prediction.sum() * 0
+        return loss(prediction[is_labelled], target[is_labelled])
+
+    return labelled_loss
+
+
 def create_loss(name: str, background: float) -> Loss:
     """Return the loss called ``name`` as a function of prediction and target.
 

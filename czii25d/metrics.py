@@ -219,6 +219,34 @@ def fbeta_curve(matches: Matches, beta: float = BETA) -> NDArray[np.float64]:
     return np.stack([tried, fbeta(hits.astype(float), found.astype(float), references, beta)], 1)
 
 
+def precision_recall_curve(matches: Matches) -> NDArray[np.float64]:
+    """Return ``(N, 3)``: every score that occurs, descending, and precision and recall of the picks of at least that.
+
+    Hits are distinct references, as in `score`.
+    """
+    tried = np.unique(matches.scores)[::-1]
+    found = len(matches.scores) - np.searchsorted(matches.scores, tried)
+    hits = (len(matches.best_hits) - np.searchsorted(matches.best_hits, tried)).astype(float)
+    references = np.full(len(tried), float(matches.references))
+    return np.stack([tried, _ratio(hits, found.astype(float)), _ratio(hits, references)], 1)
+
+
+def near_reference(
+    solution: pd.DataFrame,
+    picks: pd.DataFrame,
+    particles: ParticleSet,
+    distance_multiplier: float = DISTANCE_MULTIPLIER,
+) -> NDArray[np.bool_]:
+    """Tell of each pick whether a reference of its particle and run lies within ``distance_multiplier`` radii."""
+    near = np.zeros(len(picks), bool)
+    truth = {key: frame[["x", "y", "z"]].to_numpy(float) for key, frame in solution.groupby(["run", "particle"])}
+    for key, rows in picks.groupby(["run", "particle"]).indices.items():
+        if key in truth:
+            reach = particles[particles.channel(str(key[1]))].radius * distance_multiplier
+            near[rows] = _is_hit(picks[["x", "y", "z"]].to_numpy(float)[rows], truth[key], reach)
+    return near
+
+
 def choose_threshold(curve: NDArray[np.float64]) -> tuple[float, float] | None:
     """Return the middle of the stretch about the best threshold that does as well within ``PLATEAU``, and its F-beta.
 

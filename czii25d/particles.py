@@ -159,6 +159,45 @@ def conf_dir() -> Path:
 
 @cache
 def load_particles(path: Path | None = None) -> ParticleSet:
-    """Read a table of particles from a YAML file; the CZII six by default."""
+    """Read a table of particles; the CZII six by default.
+
+    Parameters
+    ----------
+    path
+        YAML, as ``conf/particles/czii.yaml``; or a copick project's JSON configuration, of whose ``pickable_objects``
+        those that are particles are taken, in their order (segmentations of membranes and the like are none).
+
+    Raises
+    ------
+    InputError
+        If the file cannot be read, or a particle has no radius.
+    """
     path = path or conf_dir() / "particles" / "czii.yaml"
-    return ParticleSet.from_config(yaml.safe_load(path.read_text()), where=path)
+    try:
+        table = yaml.safe_load(path.read_text())  # JSON is YAML
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        found = "nothing there" if isinstance(error, FileNotFoundError) else " ".join(str(error).split())
+        raise InputError(path, "a table of particles, YAML or a copick configuration", found, "correct it") from None
+    if isinstance(table, Mapping) and "pickable_objects" in table:
+        table = _of_copick(table["pickable_objects"], path)
+    if not isinstance(table, Mapping):
+        raise InputError(path, "particles by name, e.g. `ribosome: {radius: 150}`", type(table).__name__, "write it so")
+    return ParticleSet.from_config(table, where=path)
+
+
+def _of_copick(objects: Any, path: Path) -> dict[str, dict[str, Any]]:
+    """Return the table of a copick configuration's particles; radii are angstrom there too, colours RGBA bytes."""
+    table: dict[str, dict[str, Any]] = {}
+    for each in objects if isinstance(objects, list) else [None]:
+        if not isinstance(each, Mapping) or not isinstance(each.get("name"), str):
+            raise InputError(path, "pickable_objects, each with a name", repr(each), "correct the copick configuration")
+        if not each.get("is_particle", True):
+            continue
+        if each.get("radius") is None:
+            raise InputError(f"{path}: {each['name']}", "a radius in angstrom", "none", "add it to the object")
+        if each["name"] in table:
+            raise InputError(path, "each name once", f"'{each['name']}' twice", "remove the repetition")
+        table[each["name"]] = {"radius": each["radius"]}
+        if color := each.get("color"):
+            table[each["name"]]["color"] = "#" + "".join(f"{int(channel):02X}" for channel in color[:3])
+    return table

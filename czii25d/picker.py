@@ -16,15 +16,18 @@ import pandas as pd
 import torch
 from numpy.typing import NDArray
 
-from czii25d.data.tomogram import open_tomogram, read_volume, wrap_array
+from czii25d.data.preparation import GivenContrast, Preparation
+from czii25d.data.regions import RegionTable, check_entry
+from czii25d.data.tomogram import Tomogram, open_tomogram, wrap_array
 from czii25d.data.volumes import MemoryVolume
 from czii25d.errors import InputError
 from czii25d.geometry import Spacing3D
-from czii25d.inference import pick_slabs
+from czii25d.inference import pick_slabs, tiles_of_region
 from czii25d.inference.sliding import Progress
 from czii25d.particles import ParticleSet
-from czii25d.pipeline.members import check_spacing, predict_groups
-from czii25d.pipeline.predict import Plan, above_thresholds, compose_plan
+from czii25d.pipeline.members import predict_groups, spacing_to_predict
+from czii25d.pipeline.predict import Plan, compose_plan
+from czii25d.pipeline.regions import keep_selected
 
 AnyPath: TypeAlias = str | PathLike[str]
 
@@ -75,7 +78,7 @@ class Picker:
             ``output/onnx``, as of 21.
         **infer
             Any other key of ``conf/infer/default.yaml`` but those for many runs: ``stride, margin, window, floor,
-            nms_radius, refine, compile, provider``.
+            nms_radius, min_distance, rescale, rescale_limit, refine, compile, provider``.
 
         Raises
         ------
@@ -129,11 +132,16 @@ class Picker:
         voxel_spacing: float | Sequence[float] | None = None,
         *,
         run: str | None = None,
+        region: Mapping[str, Any] | None = None,
+        contrast: GivenContrast = "dark",
         all_scores: bool = False,
         fill_missing_chunks: bool = False,
         progress: Progress | None = None,
     ) -> pd.DataFrame:
         """Find the particles of a tomogram: the picks that 21 finds.
+
+        A tomogram of another voxel spacing than the networks know is resampled to theirs, within ``rescale_limit``;
+        the picks are in its own angstroms.
 
         Parameters
         ----------
@@ -144,8 +152,15 @@ class Picker:
             nothing and need it.
         run
             What the picks' ``run`` is; ``None``: the file's name without its suffix, ``"array"`` for an array.
+        region
+            Where to look, as an entry of ``regions.yaml`` (`czii25d.data.regions`): ``{"y": (0, 4000), "margin": 50}``;
+            ranges and polygons in angstrom, masks as files or arrays of the tomogram's shape. Tiles outside are not
+            predicted. ``None``: everywhere.
+        contrast
+            What protein is in the tomogram: ``"dark"``, ``"bright"``, or ``"auto"``: detected, which the log says. A
+            tomogram of another contrast than the networks know is inverted.
         all_scores
-            All picks above ``floor``, not only those that reach the thresholds.
+            All picks above ``floor``, not only those that reach the thresholds and keep ``min_distance``.
         fill_missing_chunks
             Chunks that an OME-Zarr does not store are empty on purpose, not lost.
         progress
@@ -159,14 +174,19 @@ class Picker:
         Raises
         ------
         InputError
-            If the tomogram cannot be read or is constant, has no voxel spacing or another one than the networks know;
-            or if the heatmaps are not finite.
+            If the tomogram cannot be read or is constant, has no voxel spacing or one too far from what the networks
+            know; if ``contrast="auto"`` finds none; if nothing of it lies in the region; or if the heatmaps are not
+            finite.
         """
-        name, volume = self._prepare(tomogram, voxel_spacing, run, fill_missing_chunks)
-        slabs = predict_groups(name, volume, self._groups, len(self.particles), progress)
+        name, opened, volume = self._prepare(tomogram, voxel_spacing, run, contrast, fill_missing_chunks)
+        table = RegionTable({} if region is None else {name: check_entry(region, "region")}, "region")
+        selection = table.select(name, opened.shape, opened.voxel_spacing)
         options, offset = self._groups[0].options, self._plan.card.offset_voxel
+        wanted = tiles_of_region(selection, self.particles, options, volume.voxel_spacing)
+        slabs = predict_groups(name, volume, self._groups, len(self.particles), progress, wanted)
         picks = pick_slabs(slabs, self.particles, options, volume.voxel_spacing, offset).assign(run=name)
-        return picks if all_scores else above_thresholds(picks, self._plan.thresholds).reset_index(drop=True)
+        picks = keep_selected(picks, selection, name)
+        return picks if all_scores else self._plan.submitted(picks).reset_index(drop=True)
 
     def heatmap(
         self,
@@ -174,6 +194,7 @@ class Picker:
         voxel_spacing: float | Sequence[float] | None = None,
         *,
         run: str | None = None,
+        contrast: GivenContrast = "dark",
         fill_missing_chunks: bool = False,
         progress: Progress | None = None,
     ) -> NDArray[np.float32]:
@@ -182,9 +203,11 @@ class Picker:
         Returns
         -------
         heatmap
-            ``(C, D, H, W)`` float32, a channel for each of `particles`; as a peak is high its score is.
+            ``(C, D, H, W)`` float32, a channel for each of `particles`; as a peak is high its score is. ``D, H, W`` are
+            the tomogram's where it has the voxel spacing of the networks. Else they are those of the tomogram as it is
+            resampled: voxel ``i`` lies at ``i`` times `voxel_spacing` angstrom, along each axis.
         """
-        name, volume = self._prepare(tomogram, voxel_spacing, run, fill_missing_chunks)
+        name, _, volume = self._prepare(tomogram, voxel_spacing, run, contrast, fill_missing_chunks)
         heatmap = np.empty((len(self.particles), *volume.shape), np.float32)
         z = 0
         for slab in predict_groups(name, volume, self._groups, len(self.particles), progress):
@@ -194,8 +217,13 @@ class Picker:
         return heatmap
 
     def _prepare(
-        self, tomogram: Any, voxel_spacing: Any, run: str | None, fill_missing_chunks: bool
-    ) -> tuple[str, MemoryVolume]:
+        self,
+        tomogram: Any,
+        voxel_spacing: Any,
+        run: str | None,
+        contrast: GivenContrast,
+        fill_missing_chunks: bool,
+    ) -> tuple[str, Tomogram, MemoryVolume]:
         spacing = _plain(voxel_spacing)
         if isinstance(tomogram, str | PathLike):
             opened = open_tomogram(Path(tomogram), spacing)
@@ -209,9 +237,10 @@ class Picker:
                 "convert it with numpy.asarray",
             )
         name = run or opened.path.stem
-        check_spacing(name, opened.voxel_spacing, [file.card for file in self._plan.files])
-        voxels = read_volume(opened, fill_missing_chunks)
-        return name, MemoryVolume.of(voxels, opened.voxel_spacing, self._plan.card.normalization)
+        plan = self._plan
+        target = spacing_to_predict(name, opened.voxel_spacing, [file.card for file in plan.files], plan.infer)
+        preparation = Preparation(fill_missing_chunks, contrast, plan.card.contrast, target)
+        return name, opened, MemoryVolume.of(*preparation.read(opened, name), plan.card.normalization)
 
 
 def _plain(value: Any) -> Any:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +43,11 @@ def concat_picks(frames: Iterable[pd.DataFrame], scored: bool = False) -> pd.Dat
     """Return the picks of several frames as one; of none, or only empty ones, an empty frame."""
     filled = [frame for frame in frames if len(frame)]
     return pd.concat(filled, ignore_index=True) if filled else empty_picks(scored)
+
+
+def above_thresholds(picks: pd.DataFrame, thresholds: Mapping[str, float]) -> pd.DataFrame:
+    """Return the scored picks that reach the thresholds of their particles."""
+    return picks[picks["score"].to_numpy() >= picks["particle"].map(thresholds).to_numpy(float)]
 
 
 def read_picks_json(path: Path | str, particle: str) -> NDArray[np.float64]:

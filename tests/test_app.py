@@ -32,6 +32,7 @@ SCRIPTS = [
     "13_soup.py",
     "21_predict.py",
     "22_score.py",
+    "23_report.py",
 ]
 
 

@@ -12,7 +12,9 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "czii25d"
 LAYERS = [
     {"errors", "files", "geometry", "particles", "tiling"},
-    {"picks", "heatmap", "peaks", "metrics", "losses", "phantom", "baseline", "plotting", "thresholds"},
+    {"picks", "heatmap", "peaks", "metrics", "losses", "phantom", "baseline", "plotting", "thresholds"}
+    | {"averages", "charts"}
+    | {"regions", "resampling", "contrast"},
     {"data", "models", "formats"},
     {"inference"},
     {"runtimes"},

@@ -318,6 +318,14 @@ def test_impossible_cards_are_refused(change: dict[str, Any], message: str) -> N
         model_card(**change)
 
 
+def test_a_card_of_before_contrast_was_recorded_knows_dark_protein() -> None:
+    values = ModelCard(MODEL, load_particles().first(MODEL["class_num"]).to_config(), contrast="bright").to_dict()
+    assert ModelCard.from_dict(values).contrast == values.pop("contrast") == "bright"
+    assert ModelCard.from_dict(values).contrast == "dark"
+    with pytest.raises(InputError, match="model card: contrast: expected one of dark, bright, found 'light'"):
+        ModelCard.from_dict({**values, "contrast": "light"})
+
+
 @pytest.mark.parametrize("content", [{"model": MODEL}, "text", None], ids=str)
 def test_what_is_no_card_is_refused(content: Any) -> None:
     with pytest.raises(InputError, match=r"a\.ckpt: expected a model card with czii25d_version"):

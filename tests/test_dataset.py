@@ -3,17 +3,19 @@ from __future__ import annotations
 import logging
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 from czii25d.data.augment import Augmentation
 from czii25d.data.datamodule import TomogramDataModule, check_classes, split_runs
-from czii25d.data.dataset import EpochSampler, Sampling, TileDataset
+from czii25d.data.dataset import EpochSampler, Sampling, TileDataset, render_in_pose
 from czii25d.data.targets import HeatmapTarget, open_target
 from czii25d.data.volumes import open_volume
 from czii25d.errors import InputError
 from czii25d.particles import load_particles
+from czii25d.regions import Region
 
 TILE = (8, 24, 20)
 OFF = Augmentation(rotate_prob=0, flip_x_prob=0, contrast_prob=0)
@@ -49,6 +51,61 @@ def test_an_item_is_the_volume_and_the_heatmap_of_the_same_place(opened) -> None
         np.testing.assert_allclose(heatmap, whole[run][:, z : z + 8, y : y + 24, x : x + 20], atol=1e-6)
         seen += heatmap.max() > 0.5
     assert seen > 6
+
+
+@pytest.mark.parametrize("kind", ["grid", "balanced"])
+def test_tiles_are_cut_in_the_regions_and_what_is_outside_is_not_labelled(opened, kind: Any) -> None:
+    volumes, targets = opened
+    mask = np.zeros(volumes[1].shape, bool)
+    mask[3:9, 4:12, 30:50] = True
+    regions = [
+        Region.of(volumes[0].shape, volumes[0].voxel_spacing, {"y": (0, 140)}),
+        Region.of(volumes[1].shape, volumes[1].voxel_spacing, mask=mask),
+        None,
+    ]
+    augmentation = Augmentation(rotate_prob=0.5, scale_range=0.2, flip_x_prob=0.5, flip_z_prob=0.5, contrast_prob=0)
+    sampling = Sampling(kind, particle_prob=0.5, samples_per_epoch=40)
+    dataset = TileDataset(volumes, targets, TILE, sampling, augmentation, regions=regions)
+    whole = TileDataset(volumes, targets, TILE, sampling, augmentation)
+    labelled = 0
+    for key in range(40):
+        rng = np.random.default_rng((0, 0, key))
+        run, center = dataset._draw_center(key, rng)
+        pose = augmentation.draw_pose(center, rng)
+        heatmap = dataset[key][1].numpy()
+        corners = np.stack(np.meshgrid(*(np.arange(side) for side in TILE), indexing="ij"), -1).reshape(-1, 3)
+        z, y, x = np.rint(pose.to_tomogram(corners.astype(float), TILE)).astype(int).T
+        if run == 2:
+            expected = np.ones(TILE, bool)
+        elif run == 0:
+            inside = (z >= 0) & (z < 24) & (y >= 0) & (x >= 0) & (x < 56)
+            expected = (inside & (y * volumes[0].voxel_spacing[1] < 140)).reshape(TILE)
+        else:
+            expected = ((z >= 3) & (z < 9) & (y >= 4) & (y < 12) & (x >= 30) & (x < 50)).reshape(TILE)
+        for channel in heatmap:
+            np.testing.assert_array_equal(np.isfinite(channel), expected)
+        np.testing.assert_allclose(
+            heatmap[:, expected], render_in_pose(targets[run], pose, TILE)[:, expected], atol=1e-6
+        )
+        labelled += expected.any()
+    assert labelled == 40
+    assert len(TileDataset(volumes, targets, TILE, Sampling("grid"), OFF, regions=regions)) < len(
+        TileDataset(volumes, targets, TILE, Sampling("grid"), OFF)
+    )
+    assert not np.isnan(whole[0][1].numpy()).any()
+
+
+def test_only_particles_in_the_region_are_tiles_cut_about(opened) -> None:
+    volumes, targets = opened
+    region = Region.of(volumes[0].shape, volumes[0].voxel_spacing, {"x": (300, None), "y": (150, None)})
+    inside = region.contains(targets[0].picks()[["x", "y", "z"]])
+    assert 0 < inside.sum() < len(inside)
+    dataset = TileDataset(volumes[:1], targets[:1], TILE, Sampling("balanced", 1.0), OFF, regions=[region])
+    centers = targets[0].centers_zyx_voxel[region.contains(targets[0].picks()[["x", "y", "z"]])]
+    for index in range(20):
+        _, middle = dataset._draw_center(index, np.random.default_rng(index))
+        offsets = np.abs(centers - np.array(middle))
+        assert (offsets <= np.array(TILE) / 2 + 1).all(1).any()
 
 
 def test_a_turned_tile_shows_its_particles_where_the_heatmap_says(opened) -> None:

@@ -14,6 +14,7 @@ from scipy.spatial import cKDTree
 from scipy.spatial.distance import pdist, squareform
 from scipy.spatial.transform import Rotation
 
+from czii25d.contrast import contrast_of, protein_skewness
 from czii25d.errors import InputError
 from czii25d.particles import ParticleSet, load_particles
 from czii25d.phantom import (
@@ -274,3 +275,13 @@ def test_impossible_settings_name_their_key(cfg, key, value):
     with pytest.raises(InputError, match=key):
         make_phantom(cfg)
     assert not Path(cfg.paths.input).exists()
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_the_contrast_of_a_phantom_is_told(seed: int) -> None:
+    counts = {"apo-ferritin": 6, "ribosome": 4, "thyroglobulin": 5, "virus-like-particle": 3}
+    rng = np.random.default_rng(seed)
+    spacing = (10.0, 10.0, 10.0)
+    volume, _ = simulate_tomogram(load_particles(), (48, 112, 128), spacing, counts, {"globule": 20}, Imaging(), rng)
+    dark, bright = protein_skewness(volume, spacing), protein_skewness(-volume, spacing)
+    assert contrast_of(dark) == "dark" and contrast_of(bright) == "bright" and bright == pytest.approx(-dark)

@@ -4,7 +4,7 @@ import pytest
 from matplotlib.image import imread
 
 from czii25d.particles import Particle, ParticleSet
-from czii25d.plotting import plot_picks
+from czii25d.plotting import fullest_slice, outline, plot_picks, plot_slice
 
 SPACING = (10.0, 11.0, 12.0)
 RED = ParticleSet([Particle("ball", 60.0, color="#FF0000"), Particle("other", 90.0, color="#00FF00")])
@@ -42,10 +42,42 @@ def test_a_circle_is_where_the_particle_is(tmp_path):
 
 def test_hits_misses_and_false_picks_look_different(tmp_path):
     spot = ("ball", 168.0, 220.0, 120.0)
-    hit = colored(draw(tmp_path / "hit.png", [spot], [spot]), 0).sum()
-    missed = colored(draw(tmp_path / "missed.png", [spot], []), 0).sum()
-    false = colored(draw(tmp_path / "false.png", [], [spot]), 0).sum()
-    assert hit > 1.2 * missed > 1.2 * false > 0
+    hit, missed, false = (
+        colored(draw(tmp_path / f"{index}.png", *frames), 0)
+        for index, frames in enumerate([([spot], [spot]), ([spot], []), ([], [spot])])
+    )
+    rows, columns = np.nonzero(hit)
+    y, x = (rows.min() + rows.max()) // 2, (columns.min() + columns.max()) // 2
+    middles = [mask[y - 1 : y + 2, x - 1 : x + 2].all() for mask in (hit, missed, false)]
+    assert middles == [True, False, True]  # a dot, nothing, a cross
+    diagonal = [mask[y - 4, x - 4] and not mask[y - 4, x] for mask in (hit, false)]
+    assert diagonal == [False, True]
+    assert hit.sum() > 1.2 * missed.sum() > 0 and hit.sum() > 1.2 * false.sum() > 0  # dashed, thin
+
+
+def test_each_particle_has_its_shape_of_the_same_area():
+    shapes = [outline(channel) for channel in range(8)]
+    for corners in shapes:
+        x, y = corners.T
+        assert abs(np.dot(x, np.roll(y, 1)) - np.dot(y, np.roll(x, 1))) / 2 == pytest.approx(np.pi)
+    extents = {tuple(np.concatenate([corners.min(0), corners.max(0)]).round(3)) for corners in shapes}
+    assert len(extents) == 8
+    np.testing.assert_allclose(np.linalg.norm(shapes[0], axis=1), 1, atol=0.01)
+
+
+@pytest.mark.parametrize(("depths", "fullest"), [([], 12), ([20.0, 40.0, 200.0], 5), ([230.0], 20)])
+def test_the_fullest_slice_cuts_most(depths, fullest):
+    picks = pd.DataFrame([("ball", 0.0, 0.0, z) for z in depths], columns=COLUMNS)
+    assert fullest_slice(picks, RED, SPACING, 24) == fullest
+
+
+def test_a_slice_says_what_it_shows(tmp_path):
+    found = pd.DataFrame(
+        [("ball", 100.0, 100.0, 120.0), ("ball", 9.0, 9.0, 160.0), ("other", 300, 300, 90)], columns=COLUMNS
+    )
+    section = np.random.default_rng(0).standard_normal((40, 56))
+    counts = plot_slice(section, 120.0, SPACING, None, found, RED, tmp_path / "a.png")
+    assert counts == {"ball": 1, "other": 1} and imread(tmp_path / "a.png").shape[1] == 1000
 
 
 def test_what_the_slice_does_not_cut_is_not_drawn(tmp_path):

@@ -20,6 +20,7 @@ from conftest import PROJECT, SPACING, run_script
 from omegaconf import DictConfig
 from safetensors.torch import save_file
 
+from czii25d.data.predictions import read_predictions
 from czii25d.data.volumes import open_volume, write_volume
 from czii25d.errors import InputError
 from czii25d.geometry import PUBLISHED_OFFSET_VOXEL
@@ -167,6 +168,25 @@ def test_bare_weights_are_predicted_with_keys_of_the_model(work: Path) -> None:
     assert len(run_predict("checkpoints=bare.safetensors", *keys))
 
 
+def test_what_it_takes_to_show_picks_is_kept_and_a_second_call_keeps_the_times(work: Path) -> None:
+    run_predict("runs=TS_1")
+    first = read_predictions("output/predictions")
+    assert first.particles == PARTICLES and first.thresholds == dict.fromkeys(PARTICLES.names, 0.2)
+    assert list(first.runs) == ["TS_1"] and first.networks == ["folds/a.safetensors"]
+    volume = first.runs["TS_1"].open()
+    assert volume.shape == RUNS["TS_1"] and volume.voxel_spacing == SPACING
+    effort = first.runs["TS_1"].effort
+    assert effort is not None and effort.seconds["predict"] > 0 and effort.tiles > 0 and effort.memory_gb > 0
+    run_predict("thresholds=0.3")
+    second = read_predictions("output/predictions")
+    assert second.runs["TS_1"].effort == effort and set(second.thresholds.values()) == {0.3}
+    assert list(second.runs) == list(RUNS) and second.runs["TS_2"].effort != effort
+    for path in Path("output/predictions/runs").glob("*.json"):  # a version before this one
+        path.unlink()
+    run_predict()
+    assert read_predictions("output/predictions").runs["TS_1"].effort is None
+
+
 def test_what_is_done_is_not_done_again_and_an_interruption_changes_nothing(
     work: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -269,8 +289,8 @@ def test_members_that_contradict_each_other_are_refused(work: Path, card: dict[s
 
 def test_a_run_that_cannot_be_picked_does_not_stop_the_others(work: Path) -> None:
     volume = np.random.default_rng(0).standard_normal((20, 33, 34)).astype(np.float32)
-    write_volume("output/volumes/test/TS_0", volume, (10.0, 7.8, 10.0), {})
-    with pytest.raises(InputError, match=r"1 of 3 runs.*TS_0.*10.01.*7.8.*start the same command again"):
+    write_volume("output/volumes/test/TS_0", volume, (10.0, 2.8, 10.0), {})
+    with pytest.raises(InputError, match=r"1 of 3 runs.*TS_0.*10.01.*2.8.*start the same command again"):
         run_predict()
     assert set(read_picks_csv("output/predictions/submission.csv")["run"]) == {"TS_1", "TS_2"}
     with pytest.raises(InputError, match=r"1 of 1 runs.*TS_0"):
@@ -352,6 +372,48 @@ def test_tomograms_of_any_folder_are_picked(work: Path) -> None:
     with pytest.raises(InputError, match=r"1 of 2 runs.*bad\.npy"):
         run_predict("tomograms=mine", spacing, "predictions=again")
     assert set(read_picks_csv("again/submission.csv")["run"]) == {"TS_1"}
+
+
+def test_picks_outside_their_regions_are_dropped_and_counted(
+    work: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run_predict()
+    whole = read_picks_csv("output/predictions/scored_picks.csv", scored=True)
+    end, margin = 20 * SPACING[1], 25.0
+    Path("regions.yaml").write_text(f"TS_1: {{y: [0, {end}], margin: {margin}}}")
+    monkeypatch.setattr(predict_module.logger.parent, "propagate", True)
+    picked, pick_run = [], predict_module.pick_run
+    monkeypatch.setattr(predict_module, "pick_run", lambda *rest: picked.append(rest[1].name) or pick_run(*rest))
+    with caplog.at_level("INFO"):
+        kept = run_predict("regions=regions.yaml")
+    assert picked == ["TS_1"], "a run without a region is not picked again"
+    scored = read_picks_csv("output/predictions/scored_picks.csv", scored=True)
+    low = -0.5 * np.array(SPACING)[::-1] + margin
+    high = (np.array([56, 20, 24]) - 0.5) * np.array(SPACING)[::-1] - margin
+    inside = ((whole[["x", "y", "z"]] > low) & (whole[["x", "y", "z"]] < high)).all(axis=1) | (whole["run"] == "TS_2")
+    assert_same_picks(scored, whole[inside].reset_index(drop=True))
+    assert 0 < (scored["run"] == "TS_1").sum() < (whole["run"] == "TS_1").sum() / 2
+    assert len(kept) == (scored["score"] >= 0.2).sum()
+    [said] = [message for message in caplog.messages if "dropped" in message]
+    assert said.startswith("TS_1: dropped ") and "outside the region" in said and "within 25 angstrom" in said
+    run_predict(f"regions={{TS_1: {{y: [0, {end}], margin: 5}}}}")
+    assert picked == ["TS_1"], "another margin needs no new prediction"
+    with pytest.raises(InputError, match=r"1 of 2 runs.*key regions: TS_1: y: expected a range within 0 to"):
+        run_predict("regions={TS_1: {y: [7000, 8000]}}")
+
+
+def test_of_picks_too_near_each_other_the_best_is_submitted(work: Path) -> None:
+    every = run_predict()
+    kept = run_predict("infer.min_distance=90")
+    between = [
+        np.linalg.norm(own[["x", "y", "z"]].to_numpy()[:, None] - own[["x", "y", "z"]].to_numpy(), axis=-1)
+        for _, own in kept.groupby("run")
+    ]
+    assert min(np.min(each + 1e6 * np.eye(len(each))) for each in between) > 90
+    assert 20 < len(kept) < len(every) and kept["particle"].nunique() == 2
+    assert len(read_picks_csv("output/predictions/scored_picks.csv", scored=True)) > len(every)
+    with pytest.raises(InputError, match=r"key infer\.min_distance"):
+        run_predict("infer.min_distance=-1")
 
 
 def test_heatmaps_are_kept_on_request(work: Path) -> None:
@@ -437,4 +499,8 @@ def test_the_scripts_run_one_after_the_other(work: Path) -> None:
     write_solution_csv(work / "output/solution.csv", found)
     result = run_script("22_score.py", cwd=work)
     assert "total" in result.stdout and (predictions / "score.json").is_file()
-    assert {path.name for path in predictions.iterdir()} == {"submission.csv", "scored_picks.csv", "runs", "score.json"}
+    left = {"submission.csv", "scored_picks.csv", "prediction.json", "runs", "score.json"}
+    assert {path.name for path in predictions.iterdir()} == left
+    run_script("23_report.py", "note=random weights", cwd=work)
+    page = (predictions / "report/report.html").read_text()
+    assert "TS_2" in page and "random weights" in page and "tiles/s" in page

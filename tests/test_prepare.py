@@ -192,6 +192,30 @@ def test_02_needs_01(work: Path) -> None:
     assert not (work / "output").exists()
 
 
+def test_03_leaves_out_what_lies_outside_the_regions(prepared: Path, messages: pytest.LogCaptureFixture) -> None:
+    path = prepared / "output/solution.csv"
+    create_solution(configure("create_solution", prepared))
+    every = read_picks_csv(path)
+    create_solution(configure("create_solution", prepared, "regions={TS_5_4: {x: [0, 300], margin: 10}}"))
+    near = (every["x"] > 300 - 15.1) | (every[["x", "y", "z"]].min(axis=1) < 4.9)
+    kept = every[(every["run"] != "TS_5_4") | ~near]
+    assert 27 - 9 < len(kept) < 27
+    pd.testing.assert_frame_equal(read_picks_csv(path), kept.reset_index(drop=True))
+    assert any(message.startswith("run TS_5_4: dropped ") for message in messages.messages)
+
+
+def test_03_refuses_picks_that_are_not_of_the_volume(prepared: Path) -> None:
+    path = prepared / "input/train/overlay/ExperimentRuns/TS_5_4/Picks/apo-ferritin.json"
+    content = json.loads(path.read_text())
+    for point in content["points"]:
+        point["location"] = {axis: 10 * value for axis, value in point["location"].items()}
+    path.write_text(json.dumps(content))
+    for name, function in (("create_solution", create_solution), ("create_mask", create_mask)):
+        with pytest.raises(InputError, match=r"run TS_5_4: expected picks inside the volume.*\d+ of 9 outside"):
+            function(configure(name, prepared))
+    assert not (prepared / "output/solution.csv").exists()
+
+
 def test_03_needs_no_tomogram(work: Path) -> None:
     for tomogram in work.glob("input/train/static/ExperimentRuns/*/*/*.zarr"):
         shutil.rmtree(tomogram)

@@ -417,6 +417,22 @@ def test_nothing_is_stored_unless_asked(work: Path) -> None:
     assert [Path("saved", name).read_bytes() for name in FOLDS] == before
 
 
+def test_truth_and_picks_outside_the_regions_do_not_count(work: Path) -> None:
+    whole = fit()
+    region = fit("regions={others: {z: [80, null]}}")
+    for report in (whole, region):
+        assert all(row["hits"] <= row["references"] for row in report["particles"].values())
+    solution = read_picks_csv("output/solution.csv")
+    volume = open_volume(next(Path("output/volumes/train").iterdir()))
+    index = np.floor(solution["z"] / volume.voxel_spacing[0] + 0.5).clip(0, None)
+    inside = solution[index * volume.voxel_spacing[0] >= 80]
+    counts = inside["particle"].value_counts().to_dict()
+    assert {name: row["references"] for name, row in region["particles"].items()} == counts
+    assert 0 < len(inside) < len(solution)
+    picks = read_picks_csv("output/out_of_fold/picks.csv", scored=True)
+    assert len(picks) and picks["z"].min() >= 80 - volume.voxel_spacing[0] / 2
+
+
 def test_a_run_that_several_folds_held_out_is_predicted_by_their_mean(work: Path) -> None:
     shutil.copytree("saved/one", "saved/same")  # the mean of a network with itself is the network
     lightning_file(work / "saved/third/best.ckpt", 9, make_card(fold=["TS_1"]))

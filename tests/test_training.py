@@ -11,11 +11,15 @@ import numpy as np
 import pytest
 import torch
 import yaml
+import zarr
 from conftest import run_script
 
+import czii25d
+from czii25d.data.predictions import read_predictions
 from czii25d.errors import InputError
-from czii25d.models.checkpoint import load_checkpoint
+from czii25d.models.checkpoint import load_checkpoint, read_card
 from czii25d.particles import conf_dir
+from czii25d.picks import read_picks_csv
 from czii25d.pipeline.train import changed_keys, is_logged_in_to_wandb, train
 
 TINY = [
@@ -71,9 +75,46 @@ def test_one_fold_leaves_what_it_promises(work: Path) -> None:
     assert all(float(row["train/loss"]) > 0 and row["val/fbeta"] and row["val/fbeta/ribosome"] for row in rows)
     assert score == max(float(row["val/fbeta_ranked"]) for row in rows)
     assert [row["train/skipped_steps"] for row in rows] == ["0.0", "0.0"]
+    assert train(compose("trainer.max_epochs=2", "data.fold_id=TS_6_4")) == score, "a training that has ended, again"
+    judged = read_predictions(folder / "held_out")
+    card = read_card(folder / "last.ckpt")
+    assert card is not None and judged.thresholds == card.thresholds
+    assert list(judged.runs) == ["TS_6_4"] and judged.runs["TS_6_4"].open().shape == (24, 40, 56)
+    solution = read_picks_csv(folder / "held_out/solution.csv")
+    kept = judged.picks_of("TS_6_4")
+    assert czii25d.score(solution, kept) == pytest.approx(float(rows[-1]["val/fbeta"]), abs=1e-6)
     net, card = load_checkpoint(folder / "best.ckpt")
     assert card.fold == ["TS_6_4"] and card.offset_voxel == 0 and set(card.thresholds or {}) == set(card.particles)
     assert net(torch.zeros(1, 1, 16, 32, 32)).shape == (1, 6, 16, 32, 32)
+
+
+def test_regions_restrict_what_is_learned_and_judged(work: Path) -> None:
+    """Labels that are wrong, but outside the region, change nothing; nor do picks there count."""
+    region = "regions={TS_5_4: {x: [0, 300]}, TS_69_2: {x: [0, 300]}, TS_6_4: {y: [0, 200], margin: 10}}"
+    base = [region, "trainer.max_epochs=1", "data.fold_id=TS_6_4", "loss.mixup=0.5", "data.sampling.kind=balanced"]
+    score = train(compose(*base))
+    before = weights(work / "saved_models/tiny/last.ckpt")
+    assert score is not None and np.isfinite(score)
+    for run in ("TS_5_4", "TS_69_2"):
+        group = zarr.open_group(str(work / f"output/heatmaps/{run}.zarr"))
+        recipe = dict(group.attrs["czii25d"])
+        end = {
+            name: 300 + 4 * sigma for name, sigma in recipe["sigma_angstrom"].items()
+        }  # what lies beyond is not seen
+        near = {name: [row for row in rows if row[0] < end[name]] for name, rows in recipe["picks"].items()}
+        assert sum(map(len, near.values())) < 9
+        wrong = {name: [*rows, [end[name] + 5, 100.0, 90.0]] for name, rows in near.items()}
+        group.attrs["czii25d"] = {**recipe, "picks": wrong}
+    train(compose(*base, "resume=false"))
+    after = weights(work / "saved_models/tiny/last.ckpt")
+    assert all(torch.equal(before[key], after[key]) for key in before)
+    train(compose(*base[1:], "resume=false"))
+    assert not torch.equal(
+        before["model.segmentation_head.weight"],
+        weights(work / "saved_models/tiny/last.ckpt")["model.segmentation_head.weight"],
+    )
+    with pytest.raises(InputError, match=r"TS_5_4.*a region with a voxel beyond its margin"):
+        train(compose("regions={TS_5_4: {y: [0, 60], margin: 60}}", "resume=false", "data.fold_id=TS_6_4"))
 
 
 def test_the_average_is_what_is_judged_and_shipped(work: Path) -> None:
@@ -216,6 +257,9 @@ def test_wandb_works_offline_without_a_prompt(work: Path, monkeypatch: pytest.Mo
         train(compose("wandb.mode=online", "trainer.max_epochs=1"))
     run_script("11_train.py", *TINY[:-1], "wandb.mode=offline", "trainer.max_epochs=1", cwd=work)
     assert list((work / "output/wandb").rglob("*.wandb"))
+    sent = {path.stem.rsplit("_", 2)[0] for path in (work / "output/wandb").rglob("media/images/report/*.png")}
+    drawn = {path.stem for path in (work / "saved_models/tiny/report").glob("*.png")}
+    assert sent == {name for name in drawn if not name.endswith("_dark")} and {"loss", "validation"} < sent
 
 
 def test_learning_lowers_the_loss(work: Path) -> None:

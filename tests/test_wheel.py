@@ -48,7 +48,7 @@ def run(installed: Path, *words: str, cwd: Path) -> str:
 
 def test_it_holds_the_package_and_the_configuration_and_nothing_else(wheel: Path) -> None:
     names = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
-    package = {path for path in (PROJECT / "czii25d").rglob("*") if path.suffix == ".py" or path.name == "py.typed"}
+    package = {path for path in (PROJECT / "czii25d").rglob("*") if path.suffix in (".py", ".typed", ".jinja")}
     configuration = {path for path in (PROJECT / "conf").rglob("*.yaml") if "local" not in path.parts}
     assert len(package) > 60 and len(configuration) > 20
     expected = {str(path.relative_to(PROJECT)) for path in package}

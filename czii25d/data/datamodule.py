@@ -13,11 +13,13 @@ from torch.utils.data import DataLoader
 
 from czii25d.data.augment import Augmentation
 from czii25d.data.dataset import EpochSampler, Sampling, TileDataset
+from czii25d.data.regions import RegionTable
 from czii25d.data.targets import HeatmapTarget, open_target
 from czii25d.data.volumes import Normalization, Volume, open_volume
 from czii25d.errors import InputError, did_you_mean
 from czii25d.geometry import Shape3D
 from czii25d.particles import ParticleSet
+from czii25d.regions import Region, Selection
 
 logger = logging.getLogger(__name__)
 
@@ -87,6 +89,8 @@ class TomogramDataModule(L.LightningDataModule):
         Names.
     particles
         What the network is to find; must be what 02 was made for.
+    regions
+        What is labelled of each run; ``None``: all of all. Tiles are cut there, and the rest has no part in the loss.
     """
 
     def __init__(
@@ -103,6 +107,7 @@ class TomogramDataModule(L.LightningDataModule):
         batch_size: int = 32,
         num_workers: int = 0,
         seed: int = 0,
+        regions: RegionTable | None = None,
     ) -> None:
         super().__init__()
         if batch_size < 1:
@@ -131,6 +136,16 @@ class TomogramDataModule(L.LightningDataModule):
                     "run 02_create_mask.py again",
                 )
         check_classes([target for _, target in train], [target for _, target in self.held_out], particles)
+        selections = [
+            None if regions is None else regions.select(volume.name, volume.shape, volume.voxel_spacing)
+            for volume, _ in (*train, *self.held_out)
+        ]
+        self.held_out_selections = selections[len(train) :]
+        labelled = [
+            None if selection is None else _labelled(selection, volume.name)
+            for selection, (volume, _) in zip(selections, train, strict=False)
+        ]
+        self.is_partly_labelled = any(region is not None for region in labelled)
         self.voxel_spacing = train[0][0].voxel_spacing
         for volume, target in (*train, *self.held_out):
             ratio = max(max(a / b, b / a) for a, b in zip(volume.voxel_spacing, self.voxel_spacing, strict=True))
@@ -139,7 +154,7 @@ class TomogramDataModule(L.LightningDataModule):
                     f"run {target.run}",
                     f"the voxel spacing of the other runs, {self.voxel_spacing} angstrom",
                     f"{volume.voxel_spacing}",
-                    "bring the tomograms to one spacing",
+                    "bring them to one: 01_create_dataset.py resample_to=ANGSTROM, then 02_create_mask.py",
                 )
         self.dataset = TileDataset(
             [volume for volume, _ in train],
@@ -148,6 +163,7 @@ class TomogramDataModule(L.LightningDataModule):
             sampling,
             augmentation,
             seed,
+            labelled,
         )
 
     def state_dict(self) -> dict[str, Any]:
@@ -249,6 +265,15 @@ def leave_signals_to_the_trainer(worker: int) -> None:
 
 def _listed(value: Any) -> str:
     return ", ".join(value) or "none" if isinstance(value, list) else str(value)
+
+
+def _labelled(selection: Selection, run: str) -> Region:
+    """Return the region without its margin."""
+    region = selection.region.shrunk(selection.margin)
+    if not region.counts.any():
+        found = f"none at {selection.margin:g} angstrom"
+        raise InputError(f"run {run}", "a region with a voxel beyond its margin", found, "lower it")
+    return region
 
 
 def check_target(target: HeatmapTarget, particles: ParticleSet, where: Path) -> HeatmapTarget:

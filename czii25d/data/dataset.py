@@ -16,8 +16,9 @@ from czii25d.data.augment import Augmentation, Pose
 from czii25d.data.targets import HeatmapTarget
 from czii25d.data.volumes import Volume
 from czii25d.errors import InputError
-from czii25d.geometry import Shape3D
+from czii25d.geometry import Shape3D, zyx_voxel_to_xyz_angstrom
 from czii25d.heatmap import render_heatmap
+from czii25d.regions import Region
 from czii25d.tiling import TileGrid
 
 
@@ -66,6 +67,9 @@ class TileDataset(Dataset[tuple[Tensor, Tensor]]):
         One of each per training run.
     tile_shape
         ``(D, H, W)`` voxels.
+    regions
+        Which voxels of each run are labelled; ``None``: all. Tiles are cut where some are, and the heatmaps of the
+        others are NaN (see `czii25d.losses.on_labelled`).
     """
 
     def __init__(
@@ -76,8 +80,10 @@ class TileDataset(Dataset[tuple[Tensor, Tensor]]):
         sampling: Sampling,
         augmentation: Augmentation,
         seed: int = 0,
+        regions: Sequence[Region | None] | None = None,
     ) -> None:
         self.volumes, self.targets = list(volumes), list(targets)
+        self.regions = [None] * len(self.volumes) if regions is None else list(regions)
         self.tile_shape, self.sampling, self.augmentation, self.seed = (
             tile_shape,
             sampling,
@@ -89,17 +95,20 @@ class TileDataset(Dataset[tuple[Tensor, Tensor]]):
             (run, start)
             for run, volume in enumerate(volumes)
             for start in TileGrid(volume.shape, tile_shape, (d, h, w)).starts
+            if self._is_labelled(run, np.array(start))
         ]
-        channels = [np.unique(target.channels) for target in targets]
-        self._present = np.unique(np.concatenate(channels)) if channels else np.empty(0, int)
-        self._of_class = {
-            int(channel): [
-                (run, center)
-                for run, target in enumerate(targets)
-                for center in target.centers_zyx_voxel[target.channels == channel]
-            ]
-            for channel in self._present
-        }
+        particles = [
+            (int(channel), (run, center))
+            for run, (target, region) in enumerate(zip(targets, self.regions, strict=True))
+            for channel, center, used in zip(
+                target.channels, target.centers_zyx_voxel, _are_labelled(target, region), strict=True
+            )
+            if used
+        ]
+        self._present = np.unique([channel for channel, _ in particles]).astype(int)
+        self._of_class: dict[int, list[tuple[int, NDArray[np.float64]]]] = {int(each): [] for each in self._present}
+        for channel, place in particles:
+            self._of_class[channel].append(place)
 
     def __len__(self) -> int:
         return self.sampling.samples_per_epoch or len(self._grid)
@@ -113,7 +122,10 @@ class TileDataset(Dataset[tuple[Tensor, Tensor]]):
         volume, target = self.volumes[run], self.targets[run]
         tile = pose.resample(volume.crop, volume.data.shape, self.tile_shape)
         tile = self.augmentation.change_intensity(tile, rng)
-        return torch.from_numpy(tile)[None], torch.from_numpy(render_in_pose(target, pose, self.tile_shape))
+        heatmap = render_in_pose(target, pose, self.tile_shape)
+        if (region := self.regions[run]) is not None:
+            heatmap[:, ~labelled_in_pose(region, pose, self.tile_shape)] = np.nan
+        return torch.from_numpy(tile)[None], torch.from_numpy(heatmap)
 
     def _draw_center(self, index: int, rng: np.random.Generator) -> tuple[int, tuple[float, float, float]]:
         """Draw a run and where in it the middle of a tile lies; the unturned tile is inside the volume."""
@@ -121,16 +133,46 @@ class TileDataset(Dataset[tuple[Tensor, Tensor]]):
         half = (tile - 1) / 2
         if self.sampling.kind == "grid":
             run, start = self._grid[index % len(self._grid)]
-            middle = np.array(start) + half + rng.integers(-(tile // 4), tile // 4 + 1)
+            jitter = rng.integers(-(tile // 4), tile // 4 + 1)
+            middle = np.array(start) + half + (jitter if self._is_labelled(run, start + jitter) else 0)
         elif len(self._present) and rng.random() < self.sampling.particle_prob:
             run, center = (pool := self._of_class[int(rng.choice(self._present))])[rng.integers(len(pool))]
             middle = np.round(center) + rng.integers(-(tile // 2), (tile + 1) // 2) + half % 1
         else:
             run = int(rng.integers(len(self.volumes)))
-            middle = np.floor(rng.random(3) * self.volumes[run].data.shape) + half % 1
+            if (region := self.regions[run]) is None:
+                middle = np.floor(rng.random(3) * self.volumes[run].data.shape) + half % 1
+            else:
+                middle = region.random_voxel(rng) + half % 1
         last = np.maximum(np.array(self.volumes[run].data.shape) - 1 - half, half)
         z, y, x = np.clip(middle, half, last)
         return run, (float(z), float(y), float(x))
+
+    def _is_labelled(self, run: int, start: NDArray[np.int_]) -> bool:
+        """Return whether a tile that starts there, moved into the volume, holds a labelled voxel."""
+        region = self.regions[run]
+        if region is None:
+            return True
+        z, y, x = (int(each) for each in np.clip(start, 0, np.maximum(np.subtract(region.shape, self.tile_shape), 0)))
+        return bool(region.crop((z, y, x), self.tile_shape).any())
+
+
+def _are_labelled(target: HeatmapTarget, region: Region | None) -> NDArray[np.bool_]:
+    """Return which particles lie where labels are known, ``(N,)``."""
+    locations = zyx_voxel_to_xyz_angstrom(target.centers_zyx_voxel, target.voxel_spacing)
+    return np.ones(len(locations), bool) if region is None else region.contains(locations)
+
+
+def labelled_in_pose(region: Region, pose: Pose, tile_shape: Shape3D) -> NDArray[np.bool_]:
+    """Return which voxels ``(D, H, W)`` of a tile in that pose show a voxel of the region; the nearest one counts."""
+    depth, height, width = tile_shape
+    along_z = np.zeros((depth, 3))
+    along_z[:, 0] = np.arange(depth)
+    plane = np.stack(np.meshgrid([0], np.arange(height), np.arange(width), indexing="ij"), -1).reshape(-1, 3)
+    # The pose never mixes z with the plane.
+    z = np.rint(pose.to_tomogram(along_z, tile_shape)[:, 0]).astype(int)
+    _, y, x = np.rint(pose.to_tomogram(plane.astype(float), tile_shape)).astype(int).T.reshape(3, 1, height, width)
+    return region.lookup(z[:, None, None], y, x)
 
 
 def render_in_pose(target: HeatmapTarget, pose: Pose, tile_shape: Shape3D) -> NDArray[np.float32]:

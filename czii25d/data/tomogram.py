@@ -103,11 +103,15 @@ def _unpacking_cure(path: Path) -> str:
 def _open_npy(path: Path, given: Spacing3D | None) -> Tomogram:
     if given is None:
         raise InputError(path, "a voxel spacing", "none: .npy files hold no metadata", "give voxel_spacing")
+    return _of_array(path, load_npy(path), given, "export it again")
+
+
+def load_npy(path: Path) -> Any:
+    """Memory-map a ``.npy`` file; `InputError` if it is cut or holds objects."""
     try:
-        array = np.load(path, mmap_mode="r", allow_pickle=False)
+        return np.load(path, mmap_mode="r", allow_pickle=False)
     except (ValueError, EOFError, OSError) as error:  # a truncated file cannot be mapped
         raise InputError(path, "a whole .npy file", f"{type(error).__name__}: {error}", "copy it again") from None
-    return _of_array(path, array, given, "export it again")
 
 
 def wrap_array(array: NDArray[Any], voxel_spacing: float | Sequence[float] | None, name: str = "array") -> Tomogram:

@@ -2,7 +2,7 @@
 
 from czii25d.inference.ensemble import Ensemble, Member, Predictor, View, merge_slabs
 from czii25d.inference.options import NMS_RADIUS_FACTOR, InferenceOptions
-from czii25d.inference.picking import pick_heatmap, pick_slabs, pick_volume
+from czii25d.inference.picking import pick_heatmap, pick_slabs, pick_volume, tiles_of_region
 from czii25d.inference.sliding import ArrayVolume, Planes, predict_heatmap, predict_slabs
 
 __all__ = [
@@ -20,4 +20,5 @@ __all__ = [
     "pick_volume",
     "predict_heatmap",
     "predict_slabs",
+    "tiles_of_region",
 ]

@@ -10,14 +10,18 @@ import pandas as pd
 from torch import Tensor
 
 from czii25d.geometry import Spacing3D, zyx_voxel_to_xyz_angstrom
-from czii25d.inference.sliding import Planes, Progress, predict_slabs
+from czii25d.inference.sliding import Planes, Progress, Wanted, predict_slabs
 from czii25d.peaks import Peaks, find_peaks, find_peaks_in_slabs
 from czii25d.picks import empty_picks
 
 if TYPE_CHECKING:
+    from czii25d.geometry import Shape3D
     from czii25d.inference.ensemble import Predictor
     from czii25d.inference.options import InferenceOptions
     from czii25d.particles import ParticleSet
+    from czii25d.regions import Selection
+
+BEYOND = 4  # voxels: a pick is up to 1.5 from its voxel by refinement and offset, which must differ from those about it
 
 
 def pick_heatmap(
@@ -67,10 +71,33 @@ def pick_volume(
     voxel_spacing: Spacing3D,
     offset_voxel: float = 0.0,
     progress: Progress | None = None,
+    wanted: Wanted | None = None,
 ) -> pd.DataFrame:
     """Predict a tomogram and pick it; arguments and result as `predict_slabs` and `pick_heatmap`."""
-    slabs = predict_slabs(volume, predictor, len(particles), options, progress)
+    slabs = predict_slabs(volume, predictor, len(particles), options, progress, wanted)
     return pick_slabs((slab for _, slab in slabs), particles, options, voxel_spacing, offset_voxel)
+
+
+def tiles_of_region(
+    selection: Selection | None, particles: ParticleSet, options: InferenceOptions, voxel_spacing: Spacing3D
+) -> Wanted | None:
+    """Tell which tiles are needed for the picks in a region to be those of the whole tomogram; ``None``: all.
+
+    Those that touch the region, and those in which a peak could lie that suppresses one in the region.
+
+    Parameters
+    ----------
+    voxel_spacing
+        Angstrom per voxel along z, y, x of what is predicted; the region may have another.
+    """
+    if selection is None:
+        return None
+    region, reach = selection.region, options.nms_radius_voxel(particles, voxel_spacing).max(0) + BEYOND
+
+    def wanted(start: Shape3D, stop: Shape3D) -> bool:
+        return region.overlaps((start - reach) * voxel_spacing, (np.array(stop) - 1 + reach) * voxel_spacing)
+
+    return wanted
 
 
 def _as_picks(

@@ -23,6 +23,7 @@ from czii25d.tiling import Blender, TileGrid, reflect_indices
 logger = logging.getLogger(__name__)
 
 Progress = Callable[[int, int], None]
+Wanted = Callable[[Shape3D, Shape3D], bool]
 
 
 class Planes(Protocol):
@@ -59,6 +60,7 @@ def predict_slabs(
     class_num: int,
     options: InferenceOptions,
     progress: Progress | None = None,
+    wanted: Wanted | None = None,
 ) -> Iterator[tuple[int, Tensor]]:
     """Predict a volume slab by slab, from the top to the bottom.
 
@@ -70,6 +72,9 @@ def predict_slabs(
     ----------
     progress
         Called with the number of tiles done and of all.
+    wanted
+        ``(first voxel, the one after the last) -> bool``: tiles for which it is false are left out. Where no tile is,
+        the heatmaps are 0; where all tiles that reach a voxel are there, its value is as without it.
 
     Yields
     ------
@@ -92,6 +97,13 @@ def predict_slabs(
     z_starts, y_starts, x_starts = grid.axis_starts
     places = list(itertools.product(y_starts, x_starts))
     core_d, core_h, core_w = core
+
+    def is_wanted(z: int, y: int, x: int) -> bool:
+        stop = min(z + core_d, depth), min(y + core_h, height), min(x + core_w, width)
+        return wanted is None or wanted((z, y, x), stop)
+
+    places_at = {z: [(y, x) for y, x in places if is_wanted(z, y, x)] for z in z_starts}
+    tile_num = sum(map(len, places_at.values()))
     _, tile_h, tile_w = options.tile_shape
     inner = (..., *(slice(rim, rim + side) for rim, side in zip(options.margin, core, strict=True)))
     planes = torch.zeros(class_num, core_d, max(height, core_h), max(width, core_w), device=device)
@@ -99,7 +111,7 @@ def predict_slabs(
     blocks = ahead(_read_block(volume, z, options) for z in z_starts)
     for z, next_z, block_array in zip(z_starts, (*z_starts[1:], depth), blocks, strict=True):
         block = torch.from_numpy(block_array).to(device)
-        left = places
+        left = places_at[z]
         while left:
             batch = left[:batch_size]
             tiles = torch.stack([block[:, y : y + tile_h, x : x + tile_w] for y, x in batch])[:, None]
@@ -115,7 +127,7 @@ def predict_slabs(
             left = left[len(batch) :]
             done += len(batch)
             if progress is not None:
-                progress(done, len(grid))
+                progress(done, tile_num)
         finished = min(next_z, depth) - z
         if finished > 0:
             norm = torch.from_numpy(blender.norm(z, z + finished)).to(device)
@@ -131,10 +143,11 @@ def predict_heatmap(
     class_num: int,
     options: InferenceOptions,
     progress: Progress | None = None,
+    wanted: Wanted | None = None,
 ) -> Tensor:
     """Predict a whole volume: ``(C, D, H, W)`` float32 on the predictor's device; see `predict_slabs`."""
     heatmap = torch.empty(class_num, *volume.shape, device=predictor.device)
-    for z, slab in predict_slabs(volume, predictor, class_num, options, progress):
+    for z, slab in predict_slabs(volume, predictor, class_num, options, progress, wanted):
         heatmap[:, z : z + slab.shape[1]] = slab
     return heatmap
 

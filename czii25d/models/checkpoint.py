@@ -20,6 +20,7 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
+from czii25d.contrast import Contrast
 from czii25d.data.volumes import Normalization
 from czii25d.errors import InputError
 from czii25d.files import write_aside
@@ -28,6 +29,7 @@ from czii25d.models import ARCHITECTURES, create_model
 from czii25d.particles import ParticleSet, load_particles
 
 CARD_KEY = "czii25d"
+ADDED = {"contrast"}  # fields that the cards of earlier versions lack
 WEIGHT_PREFIXES = ("model_ema.module.", "model.", "")  # the average first: it is what was judged
 SHAPING_KEYS = ("arch", "backbone", "in_channels", "class_num", "decoder_channels")
 HEAD_PREFIX = "segmentation_head."  # its channels are class by class
@@ -60,6 +62,8 @@ class ModelCard:
         Names of the runs that were held out.
     czii25d_version
         That wrote it.
+    contrast
+        What protein is in the tomograms it knows: ``"dark"``, as in all volumes that 01 makes, or ``"bright"``.
 
     Raises
     ------
@@ -76,6 +80,7 @@ class ModelCard:
     nms_radius: dict[str, float] | None = None
     fold: list[str] = field(default_factory=list)
     czii25d_version: str = field(default_factory=lambda: version("czii25d"))
+    contrast: Contrast = "dark"
 
     def __post_init__(self) -> None:
         names = ParticleSet.from_config(self.particles, "model card: particles").names
@@ -88,6 +93,7 @@ class ModelCard:
         )
         known = get_args(Normalization)
         self._check("normalization", self.normalization in known, f"one of {', '.join(known)}")
+        self._check("contrast", self.contrast in get_args(Contrast), f"one of {', '.join(get_args(Contrast))}")
         self._check("offset_voxel", math.isfinite(self.offset_voxel), "a number")
         for key in ("thresholds", "nms_radius"):
             table: Mapping[str, float] | None = getattr(self, key)
@@ -106,11 +112,10 @@ class ModelCard:
     def from_dict(cls, values: Mapping[str, Any], where: object = "model card") -> ModelCard:
         """Read what ``to_dict`` gave; ``where`` names its origin in errors."""
         known = {item.name for item in fields(cls)}
-        if not isinstance(values, Mapping) or set(values) != known:
+        if not isinstance(values, Mapping) or set(values) | ADDED != known:
             found = ", ".join(map(str, values)) if isinstance(values, Mapping) else repr(values)
-            raise InputError(
-                where, f"a model card with {', '.join(sorted(known))}", found, "use the czii25d version that wrote it"
-            )
+            expected = f"a model card with {', '.join(sorted(known - ADDED))}"
+            raise InputError(where, expected, found, "use the czii25d version that wrote it")
         spacing = values["voxel_spacing"]
         try:
             return cls(**{**values, "voxel_spacing": None if spacing is None else tuple(spacing)})

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import hydra
+from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.utils import JobRuntime
@@ -23,13 +24,15 @@ from rich.console import Console
 from rich.table import Table
 
 from czii25d.errors import InputError, did_you_mean
-from czii25d.particles import conf_dir
+from czii25d.particles import conf_dir, load_particles
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
 PUBLISHED_FLAGS = ("mode", "class_num")  # the flags of the published 01 and 02, spelt ``--flag value``
+RUNS_AS_WORDS = ("view",)  # configurations whose runs may be given as words of their own
 NUMBER_OR_NAME = ("data.fold_id", "trainer.precision", "trainer.devices")  # number by default, text allowed
+OWN_PARTICLES = "own"  # what Hydra calls the table of particles=FILE
 INPUT_ERROR, INTERRUPTED = 2, 130
 MENDABLE = (InputError, HydraException, OmegaConfBaseException, OSError)  # by the user, who is told in one line
 
@@ -53,14 +56,16 @@ def run(
         How many words of the command line name the program: 1 of ``21_predict.py``, 2 of ``czii25d predict``.
     """
     program, argv = sys.argv[:program_words], translate_flags(sys.argv[program_words:])
+    if config_name in RUNS_AS_WORDS:
+        argv = translate_runs(argv)
     if {"--help", "-h"} & set(argv):
         print_help(description or sys.modules["__main__"].__doc__ or "", config_name)
         return
     set_up_logging()
     os.environ["HYDRA_FULL_ERROR"] = "1"  # let exceptions come here rather than be printed by Hydra
     overrides = [*argv, f"hydra.job.name={config_name}"]
-    sys.argv = [program[0], *overrides]  # where Hydra reads them
     with one_line_errors(config_name):
+        sys.argv = [program[0], *with_own_particles(overrides)]  # where Hydra reads them
         decorate = hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name=config_name)
         decorate(_Checked(function, config_name, program))()
 
@@ -116,6 +121,28 @@ def translate_flags(argv: Sequence[str]) -> list[str]:
     return translated
 
 
+def translate_runs(argv: Sequence[str]) -> list[str]:
+    """Turn words that are neither overrides nor options, ``TS_1 TS_2``, into ``runs=['TS_1','TS_2']``."""
+    names = [word for word in argv if "=" not in word and not word.startswith(("-", "~", "+"))]
+    if not names:
+        return list(argv)
+    quoted = ",".join("'{}'".format(name.replace("'", "\\'")) for name in names)
+    return [*(word for word in argv if word not in names), f"runs=[{quoted}]"]
+
+
+def with_own_particles(overrides: Sequence[str]) -> list[str]:
+    """Make a table that is known to Hydra of the file in ``particles=FILE`` (``.yaml``, or a copick ``.json``)."""
+    translated = []
+    for override in overrides:
+        key, _, value = override.partition("=")
+        if key == "particles" and value.endswith((".yaml", ".yml", ".json")):
+            table = load_particles(Path(value)).to_config()
+            ConfigStore.instance().store(name=OWN_PARTICLES, node=table, group="particles")
+            override = f"particles={OWN_PARTICLES}"
+        translated.append(override)
+    return translated
+
+
 def set_up_logging() -> None:
     """Send the package's log, message only, to standard error."""
     logger = logging.getLogger("czii25d")
@@ -148,7 +175,7 @@ def load_config(config_name: str, overrides: Sequence[str] = ()) -> DictConfig:
     GlobalHydra.instance().clear()
     try:
         with hydra.initialize_config_dir(str(conf_dir().resolve()), job_name, version_base="1.3"):
-            return hydra.compose(config_name, list(overrides))
+            return hydra.compose(config_name, with_own_particles(overrides))
     finally:
         GlobalHydra.instance().hydra = running
 

@@ -91,6 +91,18 @@ COMMANDS = {  # in the order of use
         "22_score.py",
         "Score picks against a solution by the competition's metric: F-beta per particle and in total.",
     ),
+    "report": Command(
+        "report",
+        "report:write_report",
+        "23_report.py",
+        "Show picks, or a training, on one page that opens offline: slices, averages, scores, counts and times.",
+    ),
+    "view": Command(
+        "view",
+        "view:view",
+        "-m czii25d.pipeline.view",
+        "Look at runs in napari: tomogram, picks of each particle and, if they were kept, heatmaps.",
+    ),
     "export": Command(
         "export",
         "export:export",

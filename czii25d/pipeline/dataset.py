@@ -4,22 +4,31 @@ from __future__ import annotations
 
 import logging
 import time
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 from omegaconf import OmegaConf
 from rich.console import Console
 from rich.progress import track
 
+from czii25d.data.preparation import VOLUME_CONTRAST, Preparation, resample
 from czii25d.data.runs import Run, find_runs, find_tomograms
-from czii25d.data.tomogram import as_voxel_spacing, describe_source, open_tomogram, read_volume
+from czii25d.data.tomogram import as_voxel_spacing, open_tomogram
 from czii25d.data.volumes import Volume, open_volume, read_meta, write_volume
 from czii25d.errors import InputError
 from czii25d.pipeline.app import keep_freed_memory
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from numpy.typing import NDArray
     from omegaconf import DictConfig
+
+    from czii25d.contrast import Contrast
+    from czii25d.geometry import Shape3D, Spacing3D
 
 logger = logging.getLogger(__name__)
 
@@ -39,13 +48,15 @@ def create_dataset(cfg: DictConfig) -> list[Volume]:
     if not cfg.mode and cfg.tomograms is None and (Path(cfg.paths.input) / "test").is_dir():
         splits.append("test")
     runs = [run for split in splits for run in find_input(cfg, split)]
+    preparation = Preparation(
+        cfg.fill_missing_chunks, cfg.contrast, voxel_spacing=spacing_key(cfg.resample_to, "resample_to")
+    )
     console = Console(stderr=True)
     rows, volumes = [], []
     for run in track(runs, "volumes", console=console, transient=True, disable=not console.is_terminal):
         begin = time.perf_counter()
-        volume, made = create_volume(
-            run, Path(cfg.paths.output) / "volumes" / run.split / run.name, cfg.level, cfg.fill_missing_chunks
-        )
+        folder = Path(cfg.paths.output) / "volumes" / run.split / run.name
+        volume, made = create_volume(run, folder, preparation, cfg.level)
         volumes.append(volume)
         rows.append((run, volume, f"{time.perf_counter() - begin:.1f} s" if made else "was there"))
     width = max(len(run.name) for run in runs)
@@ -63,23 +74,57 @@ def create_dataset(cfg: DictConfig) -> list[Volume]:
 
 def find_input(cfg: DictConfig, split: str) -> list[Run]:
     """Return the runs that ``tomograms``, or else ``paths.input``, holds, with the voxel spacing of the key."""
-    keys: Any = OmegaConf.to_container(cfg)
-    given = keys["voxel_spacing"]
-    spacing = None if given is None else as_voxel_spacing(given, "key voxel_spacing")
+    spacing = spacing_key(cfg.voxel_spacing, "voxel_spacing")
     if cfg.tomograms is not None:
         return find_tomograms(cfg.tomograms, split, spacing)
     runs = find_runs(cfg.paths.input, split, cfg.reconstruction, cfg.voxel_spacing_folder)
     return [replace(run, voxel_spacing=spacing) for run in runs]
 
 
-def create_volume(run: Run, folder: Path, level: int, fill_missing_chunks: bool) -> tuple[Volume, bool]:
+def spacing_key(given: Any, key: str) -> Spacing3D | None:
+    """Return a key that is null, one number or ``[z, y, x]`` in angstrom as a voxel spacing."""
+    if given is None:
+        return None
+    plain: Any = OmegaConf.to_object(given) if OmegaConf.is_config(given) else given
+    return as_voxel_spacing(plain, f"key {key}")
+
+
+def create_volume(run: Run, folder: Path, preparation: Preparation, level: int = 0) -> tuple[Volume, bool]:
     """Return the volume of a run, and whether it had to be made."""
     tomogram = open_tomogram(run.tomogram, run.voxel_spacing, level)
-    source = describe_source(tomogram)
+    source = preparation.describe(tomogram)
     try:
         if read_meta(folder).get("source") == source:
             return open_volume(folder), False
     except InputError:  # missing or damaged
         pass
-    write_volume(folder, read_volume(tomogram, fill_missing_chunks), tomogram.voxel_spacing, source)
+    with room_beside(folder) as room:
+        write_volume(folder, *preparation.read(tomogram, run.name, room), source)
     return open_volume(folder), True
+
+
+def convert_volume(volume: Volume, folder: Path, voxel_spacing: Spacing3D, contrast: Contrast) -> None:
+    """Write another volume of a run, of that voxel spacing and contrast."""
+    sign = 1 if contrast == VOLUME_CONTRAST else -1
+
+    def planes(start: int, stop: int) -> NDArray[np.float32]:
+        return volume.planes(start, stop) * np.float32(sign * volume.std) + np.float32(volume.mean)
+
+    with room_beside(folder) as room:
+        voxels = resample(planes, volume.shape, volume.voxel_spacing, voxel_spacing, volume.name, room)
+        write_volume(folder, voxels, voxel_spacing, {})
+
+
+@contextmanager
+def room_beside(folder: Path) -> Iterator[Callable[[Shape3D], NDArray[np.float32]]]:
+    """Yield what makes an array in a file beside ``folder``, which is removed at the end."""
+    path = folder.with_name(f".{folder.name}.resampled.npy")
+
+    def room(shape: Shape3D) -> NDArray[np.float32]:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return np.lib.format.open_memmap(path, "w+", np.float32, shape)
+
+    try:
+        yield room
+    finally:
+        path.unlink(missing_ok=True)

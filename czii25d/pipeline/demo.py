@@ -18,7 +18,7 @@ from czii25d.data.volumes import Volume, open_volume
 from czii25d.errors import InputError
 from czii25d.metrics import evaluate, fit_thresholds
 from czii25d.particles import ParticleSet
-from czii25d.picks import read_picks_csv
+from czii25d.picks import above_thresholds, read_picks_csv
 from czii25d.pipeline.app import run
 from czii25d.pipeline.score import as_rich_table
 from czii25d.plotting import plot_picks
@@ -47,7 +47,7 @@ def finish_demo(cfg: DictConfig) -> dict[str, float]:
     blobs = find_all_blobs(open_volume(volumes / "train" / cfg.fold), cfg.fold, particles)
     thresholds = fit_thresholds(fold.picks(), blobs, particles).thresholds
     blobs = find_all_blobs(unseen, cfg.run, particles)
-    blobs = blobs[blobs["score"].to_numpy() >= blobs["particle"].map(thresholds).to_numpy(float)]
+    blobs = above_thresholds(blobs, thresholds)
 
     network, baseline = (
         evaluate(solution, submission, particles=particles),

@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from czii25d.errors import InputError
 from czii25d.export.manifest import Manifest, content_hash, read_manifest, write_manifest
 from czii25d.export.onnx import export_onnx
-from czii25d.geometry import Shape3D, Spacing3D
+from czii25d.geometry import Shape3D, Spacing3D, spacing_text
 from czii25d.inference import Ensemble, InferenceOptions, Member, Planes, Predictor, merge_slabs, predict_slabs
-from czii25d.inference.sliding import Progress
+from czii25d.inference.sliding import Progress, Wanted
 from czii25d.metrics import DEFAULT_THRESHOLD
 from czii25d.models.checkpoint import ModelCard, load_checkpoint
 from czii25d.models.folding import fold
@@ -32,6 +32,7 @@ RUNTIMES = ("torch", "onnxruntime", "openvino", "tensorrt")
 AUTOCAST = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 CHECKPOINT_SUFFIXES = (".ckpt", ".safetensors", ".pt", ".pth")
 SPACING_TOLERANCE = 0.05
+RESCALE = ("auto", "never")
 GRAPH_SUFFIX, ENGINE_SUFFIX = ".onnx", ".engine"
 SUFFIXES = (*CHECKPOINT_SUFFIXES, GRAPH_SUFFIX, ENGINE_SUFFIX)
 INSTALL_EXPORT = "pip install 'czii25d[export]', or set infer.runtime=torch"
@@ -136,6 +137,7 @@ def agree(files: Sequence[NetworkFile]) -> tuple[ModelCard, list[list[int]]]:
             ("particles", sorted(file.card.particles), sorted(names)),
             ("offset_voxel", file.card.offset_voxel, first.offset_voxel),
             ("normalization", file.card.normalization, first.normalization),
+            ("contrast", file.card.contrast, first.contrast),
         ):
             if own != common:
                 raise InputError(
@@ -155,11 +157,6 @@ def agree(files: Sequence[NetworkFile]) -> tuple[ModelCard, list[list[int]]]:
 def spacings_agree(one: Spacing3D, other: Spacing3D) -> bool:
     """Tell whether two voxel spacings differ by no more than ``SPACING_TOLERANCE`` along any axis."""
     return all(max(a / b, b / a) <= 1 + SPACING_TOLERANCE for a, b in zip(one, other, strict=True))
-
-
-def spacing_text(voxel_spacing: Spacing3D) -> str:
-    """Write a voxel spacing for people."""
-    return f"{' x '.join(f'{side:.4g}' for side in voxel_spacing)} angstrom (z, y, x)"
 
 
 @dataclass(frozen=True)
@@ -204,7 +201,12 @@ def create_groups(
 
 
 def predict_groups(
-    run: str, volume: Planes, groups: Sequence[Group], class_num: int, progress: Progress | None = None
+    run: str,
+    volume: Planes,
+    groups: Sequence[Group],
+    class_num: int,
+    progress: Progress | None = None,
+    wanted: Wanted | None = None,
 ) -> Iterator[Tensor]:
     """Yield the finite heatmaps ``(C, d, H, W)`` of a whole ensemble, slab by slab.
 
@@ -214,6 +216,8 @@ def predict_groups(
         Its name, for messages.
     progress
         Called with the number of tiles done and of all, over all networks.
+    wanted
+        Which tiles are predicted, see `czii25d.inference.predict_slabs`; ``None``: all.
 
     Raises
     ------
@@ -231,7 +235,7 @@ def predict_groups(
         return update
 
     streams = [
-        predict_slabs(volume, group.predictor, class_num, group.options, watch(index))
+        predict_slabs(volume, group.predictor, class_num, group.options, watch(index), wanted)
         for index, group in enumerate(groups)
     ]
     for _, slab in merge_slabs(streams, [group.weight for group in groups]):
@@ -240,16 +244,30 @@ def predict_groups(
         yield slab
 
 
-def check_spacing(run: str, own: Spacing3D, cards: Sequence[ModelCard]) -> None:
-    """Raise `InputError` if a network was trained on voxels of another size than this run's."""
-    for card in cards:
-        if card.voxel_spacing and not spacings_agree(own, card.voxel_spacing):
-            raise InputError(
-                f"run {run}",
-                f"the voxel spacing the network was trained on, {spacing_text(card.voxel_spacing)}",
-                spacing_text(own),
-                "rescale the tomogram, or train on this spacing",
-            )
+def spacing_to_predict(run: str, own: Spacing3D, cards: Sequence[ModelCard], infer: DictConfig) -> Spacing3D | None:
+    """Return the voxel spacing a run is resampled to for these networks; ``None``: it stays as it is.
+
+    Raises
+    ------
+    InputError
+        If a network was trained on voxels of another size than this run's, and ``infer.rescale`` or
+        ``infer.rescale_limit`` forbids to resample it.
+    """
+    if infer.rescale not in RESCALE:
+        raise InputError("key infer.rescale", " or ".join(RESCALE), repr(infer.rescale), "choose one")
+    known = [card.voxel_spacing for card in cards if card.voxel_spacing]
+    target = next((spacing for spacing in known if not spacings_agree(own, spacing)), None)
+    if target is None:
+        return None
+    ratio, limit = max(max(a / b, b / a) for a, b in zip(own, target, strict=True)), infer.rescale_limit
+    if infer.rescale == "never" or ratio > limit:
+        expected = f"the voxel spacing the network was trained on, {spacing_text(target)}"
+        cure = "set infer.rescale=auto, or train on this spacing"
+        if infer.rescale != "never":
+            expected += f", or one that differs by a factor of at most {limit:g}"
+            cure = "see that it is right (voxel_spacing); else bin the tomogram, or train on this spacing"
+        raise InputError(f"run {run}", expected, spacing_text(own), cure)
+    return target
 
 
 def member_weights(given: Any, count: int) -> list[float]:

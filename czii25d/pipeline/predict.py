@@ -15,7 +15,7 @@ import time
 import traceback
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -32,22 +32,24 @@ from rich.table import Table
 from torch import Tensor
 
 from czii25d.data.heatmaps import HeatmapWriter
+from czii25d.data.predictions import STAGES, Effort, PredictedRun, read_effort, write_effort, write_record
+from czii25d.data.preparation import VOLUME_CONTRAST, Preparation
 from czii25d.data.runs import Run
-from czii25d.data.tomogram import describe_source, open_tomogram
+from czii25d.data.tomogram import open_tomogram
 from czii25d.data.volumes import Volume, open_volume, read_meta
 from czii25d.errors import InputError, did_you_mean
 from czii25d.files import write_aside
-from czii25d.inference import pick_slabs
+from czii25d.geometry import Shape3D, Spacing3D
+from czii25d.inference import pick_slabs, tiles_of_region
 from czii25d.inference.ahead import ahead
 from czii25d.particles import ParticleSet
-from czii25d.picks import concat_picks, read_picks_csv, write_scored_picks_csv, write_submission_csv
+from czii25d.picks import above_thresholds, concat_picks, read_picks_csv, write_scored_picks_csv, write_submission_csv
 from czii25d.pipeline.app import check_value_types, keep_freed_memory, leaves, load_config, set_up_logging
-from czii25d.pipeline.dataset import create_volume, find_input
+from czii25d.pipeline.dataset import convert_volume, create_volume, find_input
 from czii25d.pipeline.members import (
     Group,
     NetworkFile,
     agree,
-    check_spacing,
     choose_device,
     choose_runtime,
     choose_thresholds,
@@ -58,14 +60,16 @@ from czii25d.pipeline.members import (
     open_network_file,
     predict_groups,
     prepare_graph,
+    spacing_to_predict,
     tile_of,
 )
+from czii25d.pipeline.regions import keep_selected, regions_key
+from czii25d.regions import is_crowded
 from czii25d.runtimes.torch import TorchNetwork
 
 logger = logging.getLogger(__name__)
 
 SOURCES = ("auto", "volumes", "tomograms")
-STAGES = ("read", "predict", "peaks", "write")
 
 
 def predict(cfg: DictConfig) -> pd.DataFrame:
@@ -88,9 +92,12 @@ def predict(cfg: DictConfig) -> pd.DataFrame:
     done = picked.done
     others = [source.name for source in sources if source.name not in done | picked.failed]
     kept = pd.DataFrame()
-    if done and not others:  # of several shards, the last one collects what all have found
-        kept = collect(plan, list(done.values()))
-    Console(stderr=True).print(as_rich_table(mine, picked.outcomes, done, plan.thresholds))
+    whole = bool(done) and not others  # of several shards, the last one collects what all have found
+    found = {source.name: plan.picks(source) for source in (sources if whole else mine) if source.name in done}
+    if whole:
+        kept = collect(plan, [source for source in sources if source.name in found], list(found.values()))
+    counts = {name: len(plan.submitted(picks)) for name, picks in found.items()}
+    Console(stderr=True).print(as_rich_table(mine, picked.outcomes, counts))
     if others:
         logger.info(
             "%d of %d runs are left to other shards; the last one writes submission.csv", len(others), len(sources)
@@ -107,13 +114,22 @@ class Source:
     folder: Path | None = None
     run: Run | None = None
 
-    @property
-    def identity(self) -> Any:
-        """What tells its content from another's; the same for a tomogram and the volume made of it."""
+    def identity(self, preparation: Preparation) -> Any:
+        """Return what tells its content from another's; the same for a tomogram and the volume made of it."""
         if self.folder is not None:
             return read_meta(self.folder)["source"]
         assert self.run is not None
-        return describe_source(open_tomogram(self.run.tomogram, self.run.voxel_spacing))
+        return preparation.describe(open_tomogram(self.run.tomogram, self.run.voxel_spacing))
+
+    @property
+    def grid(self) -> tuple[Shape3D, Spacing3D]:
+        """Its shape ``(D, H, W)`` and voxel spacing (z, y, x) in angstrom."""
+        if self.folder is not None:
+            volume = open_volume(self.folder)
+            return volume.shape, volume.voxel_spacing
+        assert self.run is not None
+        tomogram = open_tomogram(self.run.tomogram, self.run.voxel_spacing)
+        return tomogram.shape, tomogram.voxel_spacing
 
 
 def find_sources(cfg: DictConfig) -> list[Source]:
@@ -138,6 +154,13 @@ def find_sources(cfg: DictConfig) -> list[Source]:
             ) from None
     if not found:
         raise InputError(split, "volumes", "none", "run 01_create_dataset.py first, or choose another split")
+    if found is volumes and cfg.contrast != VOLUME_CONTRAST:
+        raise InputError(
+            "key contrast",
+            f"{VOLUME_CONTRAST}, as protein is in all volumes that 01_create_dataset.py makes",
+            repr(cfg.contrast),
+            "give it to 01_create_dataset.py, or set source=tomograms",
+        )
     given = cfg.runs
     wanted = list(found) if given is None else [given] if isinstance(given, str) else [str(name) for name in given]
     for name in wanted:
@@ -179,6 +202,8 @@ class Plan:
         self.card, self.channels = agree(self.files)
         self.particles = ParticleSet.from_config(self.card.particles)
         self.thresholds = choose_thresholds(cfg.thresholds, [file.card for file in self.files], self.particles)
+        self.regions = regions_key(cfg.regions)
+        self.preparation = Preparation(cfg.fill_missing_chunks, cfg.contrast, self.card.contrast)
         self.results, self.cache = Path(cfg.predictions), Path(cfg.paths.output) / "onnx"
         lowest = min(self.thresholds, key=self.thresholds.__getitem__)
         if self.thresholds[lowest] < cfg.infer.floor:
@@ -191,6 +216,10 @@ class Plan:
         self.options = [
             inference_options(self.infer, tile_of(file, self.infer), self.card.nms_radius) for file in self.files
         ]
+        if not cfg.infer.min_distance >= 0:
+            raise InputError(
+                "key infer.min_distance", "angstrom, at least 0", str(cfg.infer.min_distance), "correct it"
+            )
         for file in self.files:
             choose_runtime(str(self.infer.runtime), file, choose_device(self.infer.device))
         options = [{key: value for key, value in asdict(each).items() if key != "batch_size"} for each in self.options]
@@ -214,8 +243,29 @@ class Plan:
 
     def part(self, source: Source) -> Path:
         """Return the file for the picks of a run."""
-        key = json.dumps(self.recipe | {"source": source.identity}, sort_keys=True, default=str)
+        limits = self.regions.limits(source.name)  # only what is outside them is not predicted
+        identity = source.identity(self.preparation)
+        recipe = self.recipe | {"source": identity} | ({"region": limits} if limits else {})
+        key = json.dumps(recipe, sort_keys=True, default=str)
         return self.results / "runs" / f"{source.name}.{hashlib.sha256(key.encode()).hexdigest()[:12]}.csv"
+
+    def picks(self, source: Source) -> pd.DataFrame:
+        """Return the scored picks of a run that has been picked; what ``regions`` drops is said and left out."""
+        picks = read_picks_csv(self.part(source), scored=True)
+        if self.regions.entry(source.name) is None:
+            return picks
+        return keep_selected(picks, self.regions.select(source.name, *source.grid), source.name)
+
+    def submitted(self, picks: pd.DataFrame) -> pd.DataFrame:
+        """Return the picks that reach their thresholds and keep ``infer.min_distance`` from better ones."""
+        kept = above_thresholds(picks, self.thresholds)
+        if not self.cfg.infer.min_distance:
+            return kept
+        crowded = np.zeros(len(kept), bool)
+        for rows in kept.groupby("run").indices.values():
+            own = kept.iloc[rows]
+            crowded[rows] = is_crowded(own[["x", "y", "z"]], own["score"], self.cfg.infer.min_distance)
+        return kept[~crowded]
 
 
 def compose_plan(keys: Mapping[str, Any]) -> Plan:
@@ -381,22 +431,24 @@ def pick_sources(plan: Plan, todo: Iterable[Source], progress: Any) -> Iterator[
         if volume is not None:
             with _caught(outcome):
                 pick_run(plan, source, volume, outcome, progress)
-            if source.folder is None:
+            if volume.folder.is_relative_to(scratch):
                 shutil.rmtree(volume.folder)
         yield outcome
 
 
 def open_source(plan: Plan, source: Source, scratch: Path) -> Volume:
-    """Return the volume of a run, made in ``scratch`` if 01 has not made it; its voxels fit the networks."""
-    if source.folder is not None:
-        volume = open_volume(source.folder, plan.card.normalization)
+    """Return the volume of a run as the networks know volumes; what 01 has not made so is made in ``scratch``."""
+    _, own = source.grid
+    spacing = spacing_to_predict(source.name, own, [file.card for file in plan.files], plan.infer)
+    folder = scratch / source.name
+    if source.run is not None:
+        create_volume(source.run, folder, replace(plan.preparation, voxel_spacing=spacing))
     else:
-        assert source.run is not None
-        folder = scratch / source.name
-        create_volume(source.run, folder, 0, plan.cfg.fill_missing_chunks)
-        volume = open_volume(folder, plan.card.normalization)
-    check_spacing(source.name, volume.voxel_spacing, [file.card for file in plan.files])
-    return volume
+        assert source.folder is not None
+        if spacing is None and plan.card.contrast == VOLUME_CONTRAST:
+            return open_volume(source.folder, plan.card.normalization)
+        convert_volume(open_volume(source.folder), folder, spacing or own, plan.card.contrast)
+    return open_volume(folder, plan.card.normalization)
 
 
 def pick_run(plan: Plan, source: Source, volume: Volume, outcome: Outcome, progress: Any) -> None:
@@ -407,15 +459,20 @@ def pick_run(plan: Plan, source: Source, volume: Volume, outcome: Outcome, progr
         progress(source.name, done / of)
 
     clocked = ClockedPlanes(volume)
-    slabs = timed_slabs(predict_groups(source.name, clocked, plan.groups, len(plan.particles), watch), outcome)
+    options = plan.groups[0].options
+    selection = plan.regions.select(source.name, *source.grid)
+    wanted = tiles_of_region(selection, plan.particles, options, volume.voxel_spacing)
+    heatmaps = predict_groups(source.name, clocked, plan.groups, len(plan.particles), watch, wanted)
+    slabs = timed_slabs(heatmaps, outcome)
     begin = time.perf_counter()
     with heatmaps_kept(plan, source, volume, slabs) as kept:
-        picks = pick_slabs(kept, plan.particles, plan.groups[0].options, volume.voxel_spacing, plan.card.offset_voxel)
+        picks = pick_slabs(kept, plan.particles, options, volume.voxel_spacing, plan.card.offset_voxel)
     outcome.seconds["peaks"] = time.perf_counter() - begin - outcome.seconds["predict"]
     with _clocked(outcome, "write"):
         write_scored_picks_csv(plan.part(source), picks.assign(run=source.name))
     outcome.seconds["read"] += clocked.seconds
     outcome.memory_gb = peak_memory_gb()
+    write_effort(plan.part(source), Effort(outcome.seconds, outcome.tiles, outcome.memory_gb))
 
 
 class ClockedPlanes:
@@ -458,14 +515,18 @@ def heatmaps_kept(plan: Plan, source: Source, volume: Volume, slabs: Iterator[Te
         yield writer.keep(slabs)
 
 
-def collect(plan: Plan, parts: Sequence[Path]) -> pd.DataFrame:
-    """Write what was found in all runs as one, and return the picks above their thresholds."""
-    frames = [read_picks_csv(part, scored=True) for part in parts]
+def collect(plan: Plan, sources: Sequence[Source], frames: Sequence[pd.DataFrame]) -> pd.DataFrame:
+    """Write what was found in all runs as one, and what is known of it; return what is submitted of it."""
     scored = concat_picks(frames, scored=True)
-    kept = above_thresholds(scored, plan.thresholds)
+    kept = plan.submitted(scored)
+    if crowded := len(above_thresholds(scored, plan.thresholds)) - len(kept):
+        logger.info("dropped %d picks within %g angstrom of a better one", crowded, plan.cfg.infer.min_distance)
     with _one_at_a_time(plan.results):
         write_scored_picks_csv(plan.results / "scored_picks.csv", scored)
         write_submission_csv(plan.results / "submission.csv", kept)
+        predicted = [predicted_run(source, read_effort(plan.part(source))) for source in sources]
+        networks = [str(file.path) for file in plan.files]
+        write_record(plan.results, plan.particles, plan.thresholds, networks, predicted)
     logger.info(
         "%d picks in %s, all %d with scores in scored_picks.csv",
         *(len(kept), plan.results / "submission.csv", len(scored)),
@@ -473,9 +534,12 @@ def collect(plan: Plan, parts: Sequence[Path]) -> pd.DataFrame:
     return kept
 
 
-def above_thresholds(picks: pd.DataFrame, thresholds: Mapping[str, float]) -> pd.DataFrame:
-    """Return the scored picks that reach the thresholds of their particles."""
-    return picks[picks["score"].to_numpy() >= picks["particle"].map(thresholds).to_numpy(float)]
+def predicted_run(source: Source, effort: Effort | None) -> PredictedRun:
+    """Return what the record keeps of a run."""
+    if source.folder is not None:
+        return PredictedRun(source.name, source.folder, effort=effort)
+    assert source.run is not None
+    return PredictedRun(source.name, None, source.run.tomogram, source.run.voxel_spacing, effort)
 
 
 @contextmanager
@@ -566,10 +630,9 @@ class Bar:
 def as_rich_table(
     sources: Sequence[Source],
     outcomes: Sequence[Outcome],
-    parts: Mapping[str, Path],
-    thresholds: Mapping[str, float],
+    counts: Mapping[str, int],
 ) -> Table:
-    """Lay out what each run took."""
+    """Lay out what each run took, and how many picks of it are submitted."""
     table = Table(box=None, header_style="bold", pad_edge=False)
     table.add_column("run")
     for name in (*(f"{stage} s" for stage in STAGES), "tiles/s", "peak GB", "picks"):
@@ -577,15 +640,12 @@ def as_rich_table(
     by_run = {outcome.run: outcome for outcome in outcomes}
     for source in sources:
         outcome = by_run.get(source.name)
-        if outcome is None and source.name in parts:
+        if outcome is None and source.name in counts:
             cells = ["done before", *[""] * (len(STAGES) + 1)]
         elif outcome is None or outcome.error:
             cells = ["failed", *[""] * (len(STAGES) + 1)]
         else:
             speed = outcome.tiles / max(outcome.seconds["predict"], 1e-9)
             cells = [f"{outcome.seconds[stage]:.1f}" for stage in STAGES] + [f"{speed:.1f}", f"{outcome.memory_gb:.1f}"]
-        count = ""
-        if source.name in parts:
-            count = str(len(above_thresholds(read_picks_csv(parts[source.name], scored=True), thresholds)))
-        table.add_row(source.name, *cells, count)
+        table.add_row(source.name, *cells, str(counts.get(source.name, "")))
     return table

@@ -11,9 +11,10 @@ from omegaconf import DictConfig
 from czii25d.data.runs import find_picks, picks_by_run
 from czii25d.data.volumes import open_volume
 from czii25d.errors import InputError
-from czii25d.formats import TomogramGrid, read_picks
+from czii25d.formats import TomogramGrid, check_picks_fit, read_picks
 from czii25d.particles import ParticleSet
 from czii25d.picks import concat_picks, write_solution_csv
+from czii25d.pipeline.regions import keep_selected, regions_key
 
 logger = logging.getLogger(__name__)
 
@@ -22,6 +23,16 @@ def create_solution(cfg: DictConfig) -> Path:
     """Write every pick of the training runs to ``<paths.output>/solution.csv`` and return its path."""
     particles = ParticleSet.from_config(cfg.particles).first(cfg.class_num)
     runs = gather_picks(cfg, particles)
+    regions = regions_key(cfg.regions)
+    for run in runs:
+        folder = Path(cfg.paths.output) / "volumes" / "train" / run
+        if folder.is_dir():  # this step needs no volume, but where there is one the picks must be of it
+            volume = open_volume(folder)
+            check_picks_fit(runs[run], volume.shape, volume.voxel_spacing, f"run {run}")
+        if regions.entry(run) is not None:
+            volume = open_volume(folder)
+            selection = regions.select(run, volume.shape, volume.voxel_spacing)
+            runs[run] = keep_selected(runs[run], selection, f"run {run}")
     picks = concat_picks(runs.values())
     path = Path(cfg.paths.output) / "solution.csv"
     write_solution_csv(path, picks)

@@ -19,6 +19,7 @@ from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 from rich.table import Table
 
+from czii25d.data.predictions import effort_path
 from czii25d.errors import InputError, did_you_mean
 from czii25d.files import write_aside
 from czii25d.metrics import DEFAULT_THRESHOLD, PLATEAU
@@ -28,6 +29,7 @@ from czii25d.picks import concat_picks, read_picks_csv, write_scored_picks_csv
 from czii25d.pipeline.app import keep_freed_memory
 from czii25d.pipeline.members import ENGINE_SUFFIX, GRAPH_SUFFIX, NetworkFile, agree, find_network_files
 from czii25d.pipeline.predict import Plan, Source, find_sources, pick_missing, refuse_failed
+from czii25d.pipeline.regions import keep_selected, regions_key
 from czii25d.plotting import plot_thresholds
 from czii25d.thresholds import CrossFit, bootstrap, cross_fit
 
@@ -65,6 +67,7 @@ def fit_out_of_fold(cfg: DictConfig) -> dict[str, Any]:
             "prepare it with 01_create_dataset.py, or name others with runs=",
         )
     bootstrap(np.ones((1, 1, 3), int), [1.0], **cfg.bootstrap)  # refuses its keys before the work
+    solution = in_regions(cfg, solution, [sources[run] for run in runs])
     plans = [
         Fold(Plan(fold_config(cfg, files, group)), [sources[run] for run in group]) for files, group in groups.items()
     ]
@@ -158,6 +161,19 @@ def read_solution(cfg: DictConfig, runs: Sequence[str], particles: ParticleSet) 
     return solution
 
 
+def in_regions(cfg: DictConfig, solution: pd.DataFrame, sources: Sequence[Source]) -> pd.DataFrame:
+    """Return the true picks that ``regions`` keeps: those that can be found."""
+    regions = regions_key(cfg.regions)
+    frames = []
+    for source in sources:
+        own = solution[solution["run"] == source.name]
+        if regions.entry(source.name) is not None:
+            selection = regions.select(source.name, *source.grid)
+            own = keep_selected(own, selection, f"{cfg.solution}: {source.name}")
+        frames.append(own)
+    return concat_picks(frames)
+
+
 @dataclass(frozen=True)
 class Fold:
     """Runs, and the networks that have not seen them."""
@@ -180,17 +196,17 @@ def _with_runs(cfg: DictConfig, runs: list[str] | None) -> DictConfig:
 
 def predict_folds(folds: Sequence[Fold], run_num: int) -> pd.DataFrame:
     """Return the scored picks of all runs; those that are not there yet are found."""
-    parts: dict[str, Path] = {}
+    found: dict[str, pd.DataFrame] = {}
     failed: dict[str, str] = {}
     for fold in folds:
         names = ", ".join(source.name for source in fold.sources)
         logger.info("%s: by %s", names, ", ".join(str(file.path) for file in fold.plan.files))
         picked = pick_missing(fold.plan, fold.sources, fold.sources)
         fold.plan.__dict__.pop("groups", None)  # the next fold needs the device's memory
-        parts |= picked.done
+        found |= {source.name: fold.plan.picks(source) for source in fold.sources if source.name in picked.done}
         failed |= picked.failed
     refuse_failed(failed, run_num)
-    return concat_picks([read_picks_csv(parts[run], scored=True) for run in sorted(parts)], scored=True)
+    return concat_picks([found[run] for run in sorted(found)], scored=True)
 
 
 def make_report(
@@ -300,7 +316,8 @@ def store(folds: Sequence[Fold], paths: Sequence[Path], fitted: CrossFit) -> Non
         plan = Plan(fold.plan.cfg)
         for source, old in zip(fold.sources, parts, strict=True):
             new = plan.part(source)
-            if new != old:
-                with suppress(FileNotFoundError):
-                    os.replace(old, new)
+            for before_storing, after in ((old, new), (effort_path(old), effort_path(new))):
+                if after != before_storing:
+                    with suppress(FileNotFoundError):
+                        os.replace(before_storing, after)
     logger.info("stored the thresholds in %s", ", ".join(map(str, paths)))

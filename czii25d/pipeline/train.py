@@ -30,13 +30,22 @@ from czii25d.data.dataset import Sampling
 from czii25d.errors import InputError, did_you_mean
 from czii25d.files import write_aside
 from czii25d.geometry import Shape3D
-from czii25d.losses import Mixer, create_loss
+from czii25d.losses import Mixer, create_loss, on_labelled
 from czii25d.models import create_model
 from czii25d.models.checkpoint import SHAPING_KEYS, ModelCard, copy_weights, load_checkpoint, read_card
 from czii25d.particles import ParticleSet
-from czii25d.pipeline.app import keep_freed_memory
+from czii25d.pipeline.app import keep_freed_memory, load_config
 from czii25d.pipeline.members import inference_options
-from czii25d.training.callbacks import EndTogether, EpochLog, LastCheckpoint, TopCheckpoints, WholeFiles
+from czii25d.pipeline.regions import regions_key
+from czii25d.pipeline.report import write_report
+from czii25d.training.callbacks import (
+    EndTogether,
+    EpochLog,
+    HeldOutPicks,
+    LastCheckpoint,
+    TopCheckpoints,
+    WholeFiles,
+)
 from czii25d.training.module import HeatmapModule
 
 logger = logging.getLogger(__name__)
@@ -55,9 +64,9 @@ SCHEDULES = ("cosine", "tanh", "step", "poly")
 def train(cfg: DictConfig) -> float | None:
     """Train one fold, or on every run, and return the score of ``best.ckpt``, which a sweep can maximise.
 
-    Leaves ``best.ckpt`` (highest ``val/<best_by>`` of the held-out runs), ``last.ckpt``, ``config.yaml`` and
-    ``metrics.csv`` in ``<paths.saved_models>/<wandb.name>/``. Told to end by a signal, it saves and exits, see
-    `czii25d.training.callbacks.LastCheckpoint`.
+    Leaves ``best.ckpt`` (highest ``val/<best_by>`` of the held-out runs), ``last.ckpt``, ``config.yaml``,
+    ``metrics.csv`` and ``held_out/``, the last validation's picks, in ``<paths.saved_models>/<wandb.name>/``. Told to
+    end by a signal, it saves and exits, see `czii25d.training.callbacks.LastCheckpoint`.
 
     Returns
     -------
@@ -90,6 +99,8 @@ def train(cfg: DictConfig) -> float | None:
     score = None if best is None else float(best)
     if score is not None and trainer.is_global_zero:
         logger.info("best val/%s of the held-out runs: %.4f; checkpoints in %s", cfg.best_by, score, folder)
+    if isinstance(trainer.logger, WandbLogger) and trainer.is_global_zero and not cfg.trainer.fast_dev_run:
+        show_on_wandb(cfg, folder, trainer.logger)
     return score
 
 
@@ -134,6 +145,15 @@ def is_lost_connection(error: RuntimeError) -> bool:
     return isinstance(error, torch.distributed.DistError) or "gloo" in str(error) or "closed by peer" in str(error)
 
 
+def show_on_wandb(cfg: DictConfig, folder: Path, wandb: WandbLogger) -> None:
+    """Make the training's report and send its pictures."""
+    options = {"training": str(folder), "paths": cfg.paths}
+    page = write_report(OmegaConf.merge(load_config("report"), options))  # type: ignore[arg-type]
+    for picture in sorted(page.parent.glob("*.png")):
+        if not picture.stem.endswith("_dark"):
+            wandb.log_image(f"report/{picture.stem}", [str(picture)])
+
+
 def check_before_work(cfg: DictConfig) -> None:
     """Raise `InputError` for what would otherwise show only after data and network have been built."""
     if cfg.trainer.accelerator in ("gpu", "cuda") and not torch.cuda.is_available():
@@ -176,6 +196,7 @@ def create_data(cfg: DictConfig, particles: ParticleSet) -> TomogramDataModule:
         cfg.data.batch_size,
         cfg.data.num_workers,
         cfg.seed,
+        regions_key(cfg.regions),
     )
 
 
@@ -191,6 +212,7 @@ def create_module(cfg: DictConfig, data: TomogramDataModule, particles: Particle
         model_kwargs.pop(key, None)
     if cfg.model.resume_path:
         model_kwargs |= {"pretrained": False, "pretrained_path": None}
+    model_kwargs["class_num"] = len(particles)
     model = create_model(**model_kwargs)
     if cfg.model.resume_path:
         start_from(cfg.model.resume_path, model, particles, model_kwargs)
@@ -205,10 +227,11 @@ def create_module(cfg: DictConfig, data: TomogramDataModule, particles: Particle
         fold=[target.run for _, target in data.held_out],
         czii25d_version=version("czii25d"),
     )
+    loss = create_loss(cfg.loss.name, cfg.loss.background)
     return HeatmapModule(
         model,
         card,
-        create_loss(cfg.loss.name, cfg.loss.background),
+        on_labelled(loss) if data.is_partly_labelled else loss,
         Mixer(cfg.loss.mixup, cfg.loss.cutmix, cfg.loss.mix_alpha),
         optimizer_factory(cfg),
         partial(create_schedule, cfg),
@@ -219,6 +242,7 @@ def create_module(cfg: DictConfig, data: TomogramDataModule, particles: Particle
         freeze_backbone_epochs=cfg.model.freeze_backbone_epochs,
         seed=cfg.seed,
         compile_mode={False: None, True: "default"}.get(cfg.model.compile, cfg.model.compile),
+        selections=data.held_out_selections,
     )
 
 
@@ -285,6 +309,8 @@ def create_trainer(cfg: DictConfig, folder: Path, judged: bool) -> L.Trainer:
     callbacks: list[Callback] = [EpochLog(folder / "metrics.csv"), EndTogether()]
     if terminal:
         callbacks.append(RichProgressBar())
+    if judged and not cfg.trainer.fast_dev_run:
+        callbacks.append(HeldOutPicks(folder / "held_out"))
     if judged:
         chosen: dict[str, Any] = {
             "monitor": f"val/{cfg.best_by}",
@@ -397,6 +423,8 @@ def check_resumable(path: Path, cfg: DictConfig) -> None:
     stored = card.model
     for key in SHAPING_KEYS:
         own = cfg.model.get(key)
+        if key == "class_num" and own is None:  # all of the table, whose names the settings hold
+            continue
         if (OmegaConf.to_container(own) if OmegaConf.is_config(own) else own) != stored.get(key):
             raise InputError(
                 path,

@@ -1,4 +1,4 @@
-"""What a training tells, keeps and withstands: a line and a CSV row per epoch, checkpoints, signals, dead processes."""
+"""What a training tells, keeps and withstands: epochs, picks, checkpoints, signals, dead processes."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import signal
 import threading
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import lightning as L
 import torch
@@ -18,7 +18,10 @@ from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint
 from lightning.pytorch.strategies.launchers.subprocess_script import _SubprocessScriptLauncher
 from torch import Tensor
 
+from czii25d.data.predictions import PredictedRun, write_record
 from czii25d.files import write_aside
+from czii25d.picks import above_thresholds, write_scored_picks_csv, write_solution_csv, write_submission_csv
+from czii25d.training.module import HeatmapModule
 
 logger = logging.getLogger(__name__)
 
@@ -94,6 +97,28 @@ class EpochLog(L.Callback):
             fbeta += f" · {skipped} step{'s'[: skipped > 1]} skipped, gradients not finite"
         line = "epoch %d/%d · loss %.5f%s · %.0f s · %s left"
         logger.info(line, done, total, row["train/loss"], fbeta, seconds, duration(left))
+
+
+class HeldOutPicks(L.Callback):
+    """Keeps the last validation's picks and truth in a folder, in the files of 21, so that they can be shown."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Write the picks of all processes."""
+        module = cast(HeatmapModule, pl_module)
+        if not trainer.is_global_zero or module.judged_picks is None:
+            return
+        assert module.solution is not None and module.card.thresholds is not None
+        thresholds = module.card.thresholds
+        runs = [PredictedRun(target.run, volume.folder) for volume, target in module.held_out]
+        with write_aside(self.folder) as partial:
+            partial.mkdir()
+            write_scored_picks_csv(partial / "scored_picks.csv", module.judged_picks)
+            write_submission_csv(partial / "submission.csv", above_thresholds(module.judged_picks, thresholds))
+            write_solution_csv(partial / "solution.csv", module.solution)
+            write_record(partial, module.particles, thresholds, [str(self.folder.parent)], runs)
 
 
 class WholeFiles(TorchCheckpointIO):

@@ -16,12 +16,13 @@ from torch import Tensor, nn
 from czii25d.data.targets import HeatmapTarget
 from czii25d.data.volumes import Volume
 from czii25d.errors import InputError
-from czii25d.inference import InferenceOptions, pick_volume
+from czii25d.inference import InferenceOptions, pick_volume, tiles_of_region
 from czii25d.losses import Loss, Mixer
 from czii25d.metrics import evaluate, fit_thresholds
 from czii25d.models.checkpoint import ModelCard
 from czii25d.particles import ParticleSet
-from czii25d.picks import empty_picks
+from czii25d.picks import above_thresholds, empty_picks
+from czii25d.regions import Selection
 from czii25d.runtimes.torch import TorchNetwork
 from czii25d.thresholds import ranked_fbeta
 
@@ -59,6 +60,8 @@ class HeatmapModule(L.LightningModule):
         Epochs at the start in which the backbone's weights stay.
     compile_mode
         Of ``torch.compile`` for the training step; ``None``: eager.
+    selections
+        Of each validation run: where it is judged; ``None``: everywhere.
     """
 
     PATIENCE = 50  # steps skipped in a row, after which the training stops
@@ -78,6 +81,7 @@ class HeatmapModule(L.LightningModule):
         freeze_backbone_epochs: int = 0,
         seed: int = 0,
         compile_mode: str | None = None,
+        selections: Sequence[Selection | None] | None = None,
     ) -> None:
         super().__init__()
         self.model = model
@@ -85,9 +89,12 @@ class HeatmapModule(L.LightningModule):
         self.card, self.loss, self.mixer = card, loss, mixer
         self.create_optimizer, self.create_scheduler = create_optimizer, create_scheduler
         self.held_out, self.options = held_out, options
+        self.selections = [None] * len(held_out) if selections is None else list(selections)
         self.freeze_backbone_epochs, self.seed = freeze_backbone_epochs, seed
         self.particles = ParticleSet.from_config(card.particles)
         self._picks: list[tuple[int, pd.DataFrame]] = []
+        self.judged_picks: pd.DataFrame | None = None  # of the last validation, with scores, and what they were
+        self.solution: pd.DataFrame | None = None  # judged by
         self._averaged_step = 0
         self.skipped_steps, self.skipped_in_a_row = 0, 0  # of this epoch; up to now
         if compile_mode is not None:
@@ -192,10 +199,12 @@ class HeatmapModule(L.LightningModule):
         predictor = TorchNetwork(
             self.judged_model, self.device
         )  # in the precision of the trainer, whose autocast is on
+        selection, spacing = self.selections[position], volume.voxel_spacing
+        wanted = tiles_of_region(selection, self.particles, self.options, spacing)
         picks = pick_volume(
-            volume, predictor, self.particles, self.options, volume.voxel_spacing, self.card.offset_voxel
+            volume, predictor, self.particles, self.options, spacing, self.card.offset_voxel, wanted=wanted
         )
-        self._picks.append((position, picks.assign(run=target.run)))
+        self._picks.append((position, _selected(picks, selection).assign(run=target.run)))
 
     def on_validation_epoch_end(self) -> None:
         """Score the picks of all processes together: at thresholds fitted on them, at the ones before, and at none.
@@ -212,11 +221,13 @@ class HeatmapModule(L.LightningModule):
         if not gathered:
             return
         picks = pd.concat([frame for _, frame in sorted(gathered, key=lambda item: item[0])], ignore_index=True)
-        solution = pd.concat([target.picks() for _, target in self.held_out], ignore_index=True)
+        truth = zip(self.held_out, self.selections, strict=True)
+        solution = pd.concat([_selected(target.picks(), selection) for (_, target), selection in truth])
         before = self.card.thresholds or dict.fromkeys(self.particles.names, 0.5)
         thresholds = fit_thresholds(solution, picks, self.particles).thresholds
         self.card = replace(self.card, thresholds=thresholds)
         self.table = self._evaluate(solution, picks, thresholds)
+        self.judged_picks, self.solution = picks, solution
         values = {f"val/fbeta/{name}": self.table["fbeta"][name] for name in self.particles.names}
         values["val/fbeta"] = self.table["fbeta"]["total"]
         values["val/fbeta_fixed"] = self._evaluate(solution, picks, before)["fbeta"]["total"]
@@ -224,7 +235,7 @@ class HeatmapModule(L.LightningModule):
         self.log_dict({key: float(value) for key, value in values.items()}, rank_zero_only=False)
 
     def _evaluate(self, solution: pd.DataFrame, picks: pd.DataFrame, thresholds: dict[str, float]) -> pd.DataFrame:
-        kept = picks[picks["score"].to_numpy() >= picks["particle"].map(thresholds).to_numpy(float)]
+        kept = above_thresholds(picks, thresholds)
         return evaluate(solution, kept if len(kept) else empty_picks(), particles=self.particles)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -236,3 +247,7 @@ class HeatmapModule(L.LightningModule):
         """Take back the thresholds of the last validation, and the count of skipped steps."""
         self.skipped_steps, self.skipped_in_a_row = checkpoint.get("skipped_steps", (0, 0))
         self.card = replace(self.card, thresholds=ModelCard.from_dict(checkpoint["czii25d"]).thresholds)
+
+
+def _selected(picks: pd.DataFrame, selection: Selection | None) -> pd.DataFrame:
+    return picks if selection is None else selection.keep(picks)[0]

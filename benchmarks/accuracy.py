@@ -1,0 +1,377 @@
+"""Train several recipes for an equal budget on the same runs; judge them on a held-out run and on unseen data.
+
+python benchmarks/accuracy.py OUTPUT --unseen NAME=OUTPUT ... --budget 480 --recipes ours published flexible_unet unet
+
+OUTPUT is what 01, 02 and 03 left (paths.output). The budget is seconds of training of a recipe and seed: on a GPU as
+the clock has it; on a CPU the seconds that all cores computed, divided by their number, so that a busy machine
+gives nobody less. Thresholds are fitted to the held-out run and used as they are on the unseen data. Every result is
+kept in --work; the same command goes on where it was, and prints the tables again. The peers need MONAI (pip install
+monai).
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import itertools
+import json
+import logging
+import math
+import os
+import platform
+import time
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from statistics import fmean, stdev
+from typing import Any
+
+import lightning as L
+import pandas as pd
+import torch
+from scipy import stats
+from timm.utils.model_ema import ModelEmaV3
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from czii25d.data.volumes import Volume, open_volume
+from czii25d.files import write_aside
+from czii25d.geometry import Shape3D
+from czii25d.inference import InferenceOptions, pick_volume
+from czii25d.metrics import evaluate, fit_thresholds
+from czii25d.particles import ParticleSet
+from czii25d.picks import read_picks_csv
+from czii25d.pipeline.app import keep_freed_memory, load_config
+from czii25d.pipeline.train import create_data, create_module
+from czii25d.runtimes.torch import TorchNetwork
+from czii25d.training.module import HeatmapModule
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+EPOCHS = 16  # one of them warm-up, as the published 4 of 64; validation is ours, after the last
+OVERLAP = 0.25
+CONFIDENCE = 0.95
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How a network is trained.
+
+    Parameters
+    ----------
+    what
+        For people.
+    overrides
+        Of ``conf/train.yaml``.
+    network
+        What is trained instead of the configuration's network: ``class number -> module``.
+    sigma_voxel
+        Of the heatmaps of all classes; ``None``: as 02 made them.
+    tile
+        ``(D, H, W)`` if it is not the configuration's.
+    """
+
+    what: str
+    overrides: tuple[str, ...]
+    network: Callable[[int], nn.Module] | None = None
+    sigma_voxel: float | None = None
+    tile: Shape3D | None = None
+
+
+def flexible_unet(class_num: int) -> nn.Module:
+    """Build the 1st place's network: MONAI's FlexibleUNet on resnet34, its decoder read at half the resolution."""
+    from monai.networks.nets.flexible_unet import FlexibleUNet
+
+    network = FlexibleUNet(
+        in_channels=1,
+        out_channels=class_num,
+        backbone="resnet34",
+        spatial_dims=3,
+        decoder_channels=(256, 128, 64, 32, 16),
+        norm=("batch", {"eps": 1e-3, "momentum": 0.1}),
+    )
+    return HalfResolution(network, class_num)
+
+
+class HalfResolution(nn.Module):
+    """Leaves out a FlexibleUNet's last block, predicts from the one before, and interpolates."""
+
+    def __init__(self, network: Any, class_num: int) -> None:
+        super().__init__()
+        self.encoder, self.decoder, self.skip_connect = network.encoder, network.decoder, network.skip_connect
+        self.decoder.blocks = self.decoder.blocks[:-1]
+        self.head = nn.Conv3d(32, class_num, 3, padding=1)
+
+    def forward(self, tiles: Tensor) -> Tensor:
+        """``(B, 1, D, H, W) -> (B, C, D, H, W)``."""
+        coarse = self.head(self.decoder(self.encoder(tiles), self.skip_connect))
+        return nn.functional.interpolate(coarse, scale_factor=2, mode="trilinear")
+
+
+def unet(class_num: int) -> nn.Module:
+    """Build the first of the 2nd place's networks: MONAI's UNet with 48, 64, 80, 80 channels."""
+    from monai.networks.nets.unet import UNet
+
+    return UNet(3, 1, class_num, (48, 64, 80, 80), (2, 2, 1), num_res_units=1)
+
+
+OURS = ("experiment=cpu",)
+# What the published recipe cannot have here: pretrained weights; batches of 32 and an average over thousands of steps
+# in a training of hundreds. Everything else is its own.
+PUBLISHED = (
+    "experiment=reproduce_4th_place",
+    "trainer.accelerator=auto",
+    "trainer.precision=32-true",
+    "model.pretrained=false",
+    "model.ema_warmup=true",
+    "data.batch_size=8",
+)
+# The peers' networks, augmentation, optimizer and tiles (as large as a CPU allows); targets, loss and average are ours.
+PEER = (
+    *OURS,
+    "data.sampling.kind=balanced",
+    "data.batch_size=4",
+    "opt.lr=1e-3",
+    "opt.weight_decay=0",
+)
+PEER_TILE = (32, 96, 96)
+
+RECIPES = {
+    "ours": Recipe("experiment=cpu", OURS),
+    "published": Recipe("the 4th place's, from scratch", PUBLISHED, sigma_voxel=6),
+    "flexible_unet": Recipe(
+        "MONAI FlexibleUNet-resnet34, 1st place", (*PEER, "opt.opt=adam", "loss.mixup=1"), flexible_unet, tile=PEER_TILE
+    ),
+    "unet": Recipe("MONAI UNet 48/64/80/80, 2nd place", PEER, unet, tile=PEER_TILE),
+    # One line each: what becomes worse without it.
+    "ours, sigma 6 voxels": Recipe("one width of heatmaps for all classes, as published", OURS, sigma_voxel=6),
+    "ours, published loss": Recipe("weighted_mse", (*OURS, "loss.name=weighted_mse", "loss.background=0.1")),
+    "ours, grid": Recipe("tiles of a grid, as published", (*OURS, "data.sampling.kind=grid")),
+    "ours, mixup": Recipe("mixup with probability 0.5, as published", (*OURS, "loss.mixup=0.5")),
+    "ours, no EMA": Recipe("the last weights", (*OURS, "model.ema=false")),
+    "ours, 128": Recipe("tiles of 16 x 128 x 128", (*OURS, "model.img_size=128", "data.batch_size=2")),
+    "ours, global": Recipe("the published constants for normalisation", (*OURS, "data.normalization=global")),
+    "ours, upright": Recipe(
+        "neither turned nor mirrored in z", (*OURS, "data.augment={rotate_prob: 0, flip_z_prob: 0}")
+    ),
+    "ours, convnext_atto": Recipe("another backbone", (*OURS, "model.backbone=convnext_atto")),
+    "ours, decoder 256/192/128": Recipe("a wider decoder", (*OURS, "model.decoder_channels=[256,192,128]")),
+    "ours, published decoder": Recipe("decoder 1024/768/256", (*OURS, "model.decoder_channels=[1024,768,256]")),
+}
+
+
+def compute_seconds() -> float:
+    """Return the clock that the budget is counted by, see above."""
+    if DEVICE.type == "cuda":
+        torch.cuda.synchronize()
+        return time.perf_counter()
+    return time.process_time() / torch.get_num_threads()
+
+
+def run(recipe: Recipe, seed: int, arguments: argparse.Namespace) -> dict[str, Any]:
+    """Train one recipe and judge it."""
+    cfg = load_config("train", overrides(recipe, seed, arguments))
+    L.seed_everything(seed, workers=True, verbose=False)
+    particles = ParticleSet.from_config(cfg.particles).first(cfg.model.class_num)
+    data = create_data(cfg, particles)
+    dataset = data.dataset
+    tile = recipe.tile or dataset.tile_shape
+    if recipe.tile or recipe.sigma_voxel:
+        targets = dataset.targets
+        if recipe.sigma_voxel:
+            targets = [replace(each, sigma_voxel=(recipe.sigma_voxel,) * len(particles)) for each in targets]
+        data.dataset = type(dataset)(dataset.volumes, targets, tile, dataset.sampling, dataset.augmentation, seed)
+    module = create_module(cfg, data, particles)
+    if recipe.network:
+        module.model = recipe.network(len(particles))
+        module.model_ema = ModelEmaV3(module.model, decay=cfg.model.ema_decay, use_warmup=True)
+    module.to(DEVICE)
+    flops = FlopCounterMode(display=False)
+    with flops, torch.no_grad():
+        module.model.eval()(torch.zeros(1, 1, *tile, device=DEVICE))
+    steps = max(EPOCHS, int(arguments.budget / seconds_per_step(module, data, arguments)))
+    begin = compute_seconds()
+    fit(module, data, cfg, steps // EPOCHS)
+    seconds = compute_seconds() - begin
+    result: dict[str, Any] = {
+        "what": recipe.what,
+        "parameters": sum(each.numel() for each in module.model.parameters()),
+        "multiply_adds_per_voxel": flops.get_total_flops() / 2 / math.prod(tile),
+        "samples": steps // EPOCHS * EPOCHS * data.batch_size,
+        "training_seconds": seconds,
+    }
+    return result | judge(module, data, tile, particles, arguments)
+
+
+def overrides(recipe: Recipe, seed: int, arguments: argparse.Namespace) -> list[str]:
+    """Return the configuration's overrides of one training."""
+    return [
+        *recipe.overrides,
+        f"paths.output={arguments.output}",
+        f"data.fold_id={arguments.held_out}",
+        f"data.num_workers={arguments.workers}",
+        "data.sampling.samples_per_epoch=null",  # whole epochs are cut short below, so that each draws from all tiles
+        f"trainer.max_epochs={EPOCHS}",
+        "scheduler.warmup_epochs=1",
+        f"seed={seed}",
+    ]
+
+
+def seconds_per_step(module: HeatmapModule, data: Any, arguments: argparse.Namespace) -> float:
+    """Return the median seconds of a training step, the weights left as they are."""
+    weights = {name: value.clone() for name, value in module.model.state_dict().items()}
+    optimizer = module.create_optimizer(module.model.train())
+    seconds = []
+    batches = iter(data.train_dataloader())
+    for _ in range(arguments.calibration):
+        begin = compute_seconds()
+        image, target = (each.to(DEVICE) for each in next(batches))
+        module.loss(module.model(image), target).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        seconds.append(compute_seconds() - begin)
+    module.model.load_state_dict(weights)
+    return sorted(seconds)[len(seconds) // 2]
+
+
+def fit(module: HeatmapModule, data: Any, cfg: Any, steps_per_epoch: int) -> None:
+    """Train; nothing is validated or saved meanwhile."""
+    trainer = L.Trainer(
+        accelerator="gpu" if DEVICE.type == "cuda" else "cpu",
+        devices=1,
+        precision=cfg.trainer.precision if DEVICE.type == "cpu" else "bf16-mixed",
+        max_epochs=EPOCHS,
+        limit_train_batches=steps_per_epoch,
+        limit_val_batches=0,
+        gradient_clip_val=cfg.trainer.gradient_clip_val,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        use_distributed_sampler=False,
+    )
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", module=r"lightning\..*")
+        trainer.fit(module, datamodule=data)
+
+
+def judge(
+    module: HeatmapModule, data: Any, tile: Shape3D, particles: ParticleSet, arguments: argparse.Namespace
+) -> dict[str, Any]:
+    """Return scores of the held-out run and, at its thresholds, of the unseen data."""
+    network = TorchNetwork(module.judged_model.to(DEVICE), DEVICE, torch.bfloat16)
+    d, h, w = (round(side * (1 - OVERLAP)) for side in tile)
+    batch = max(1, 4 * 16 * 128 * 128 // math.prod(tile))
+    options = InferenceOptions(tile, (d, h, w), batch_size=batch)
+    normalization = data.held_out[0][0].normalization
+
+    def pick(volume: Volume) -> pd.DataFrame:
+        picks = pick_volume(volume, network, particles, options, volume.voxel_spacing)
+        return picks.assign(run=volume.name)
+
+    begin = compute_seconds()
+    held_out, _ = data.held_out[0]
+    picks = pick(held_out)
+    result: dict[str, Any] = {"seconds_per_tomogram": compute_seconds() - begin}
+    truth = read_picks_csv(arguments.output / "solution.csv")
+    fitted = fit_thresholds(truth[truth["run"] == held_out.name], picks, particles)
+
+    def score(truth: pd.DataFrame, picks: pd.DataFrame) -> dict[str, float]:
+        kept = picks[picks["score"] >= picks["particle"].map(fitted.thresholds).astype(float)]
+        return evaluate(truth, kept, particles=particles)["fbeta"].to_dict()
+
+    result["scores"] = {"held out": score(truth[truth["run"] == held_out.name], picks)}
+    for name, output in arguments.unseen:
+        folders = sorted((output / "volumes" / "train").glob("[!.]*"))
+        frames = [pick(open_volume(folder, normalization)) for folder in folders]
+        truth = read_picks_csv(output / "solution.csv")
+        result["scores"][name] = score(truth, pd.concat(frames, ignore_index=True))
+    return result
+
+
+def interval(values: Sequence[float]) -> str:
+    """Return mean and half the width of Student's confidence interval over seeds, as far as there are several."""
+    if len(values) < 2:
+        return f"{fmean(values):.3f}"
+    half = stats.t.ppf((1 + CONFIDENCE) / 2, len(values) - 1) * stdev(values) / math.sqrt(len(values))
+    return f"{fmean(values):.3f} ± {half:.3f}"
+
+
+def print_tables(results: Mapping[str, list[dict[str, Any]]], against: str) -> None:
+    """Print what each recipe costs and scores, its particles, and its difference from the first."""
+    data = list(next(iter(results.values()))[0]["scores"])
+    columns = ["recipe", "parameters, M", "multiply-adds a voxel, k", "tiles", "training, s", "a tomogram, s"]
+    columns += [f"F4 {name}" for name in data]
+    print(f"| {' | '.join(columns)} |\n|{'---|' * len(columns)}")
+    for recipe, runs in results.items():
+        first = runs[0]
+        cells = [
+            f"{recipe} ({first['what']})",
+            f"{first['parameters'] / 1e6:.1f}",
+            f"{first['multiply_adds_per_voxel'] / 1e3:.0f}",
+            f"{fmean(each['samples'] for each in runs):.0f}",
+            f"{fmean(each['training_seconds'] for each in runs):.0f}",
+            f"{fmean(each['seconds_per_tomogram'] for each in runs):.0f}",
+            *(interval([each["scores"][name]["total"] for each in runs]) for name in data),
+        ]
+        print(f"| {' | '.join(cells)} |")
+    particles = [name for name in next(iter(results.values()))[0]["scores"]["held out"] if name != "total"]
+    print(f"\n| F4 by particle, mean of all data | {' | '.join(particles)} |\n|{'---|' * (1 + len(particles))}")
+    for recipe, runs in results.items():
+        cells = [
+            interval([fmean(scores[particle] for scores in each["scores"].values()) for each in runs])
+            for particle in particles
+        ]
+        print(f"| {recipe} | {' | '.join(cells)} |")
+    if against in results and len(results) > 1:
+        print(f"\n| F4 less that of {against} | mean of all data |\n|---|---|")
+        for recipe, runs in results.items():
+            pairs = [
+                fmean(a["scores"][name]["total"] - b["scores"][name]["total"] for name in a["scores"])
+                for a, b in itertools.product(runs, results[against])
+                if a["seed"] == b["seed"]
+            ]
+            if recipe != against and pairs:
+                print(f"| {recipe} | {interval(pairs)} |")
+
+
+def main() -> None:
+    """Train what has no result yet, and print the tables."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("output", type=Path)
+    parser.add_argument("--held-out", default="TS_99_9")
+    parser.add_argument("--unseen", nargs="*", default=[], metavar="NAME=OUTPUT")
+    parser.add_argument("--budget", type=float, default=480, help="seconds of training for each recipe and seed")
+    parser.add_argument("--recipes", nargs="+", default=["ours", "published", "flexible_unet", "unet"], choices=RECIPES)
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0])
+    parser.add_argument(
+        "--workers", type=int, default=0, help="data.num_workers; 0 on a CPU, where they would not count"
+    )
+    parser.add_argument("--calibration", type=int, default=7, help="steps to find out how long one takes")
+    parser.add_argument("--work", type=Path, default=Path("accuracy"), help="folder of the results")
+    arguments = parser.parse_args()
+    arguments.unseen = [(name, Path(path)) for name, _, path in (each.partition("=") for each in arguments.unseen)]
+    logging.basicConfig(level=logging.WARNING)
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    if DEVICE.type == "cpu":
+        keep_freed_memory()
+    arguments.work.mkdir(parents=True, exist_ok=True)
+    results: dict[str, list[dict[str, Any]]] = {}
+    for seed, name in itertools.product(arguments.seeds, arguments.recipes):
+        path = arguments.work / f"{name.replace(' ', '_')}.{seed}.{arguments.budget:g}.json"
+        if not path.is_file():
+            result = run(RECIPES[name], seed, arguments) | {"seed": seed}
+            with write_aside(path) as partial:
+                partial.write_text(json.dumps(result, indent=2))
+        results.setdefault(name, []).append(json.loads(path.read_text()))
+        print(path.name, f"{results[name][-1]['scores']['held out']['total']:.4f}", flush=True)
+    gpu = f", {torch.cuda.get_device_name()}" if DEVICE.type == "cuda" else ""
+    print(
+        f"\n{datetime.date.today()}, {os.cpu_count()} cores ({platform.machine()}){gpu}, torch {torch.__version__}, "
+        f"budget {arguments.budget:g} s, seeds {', '.join(map(str, arguments.seeds))}\n"
+    )
+    print_tables(results, arguments.recipes[0])
+
+
+if __name__ == "__main__":
+    main()
