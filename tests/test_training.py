@@ -262,6 +262,17 @@ def test_wandb_works_offline_without_a_prompt(work: Path, monkeypatch: pytest.Mo
     assert sent == {name for name in drawn if not name.endswith("_dark")} and {"loss", "validation"} < sent
 
 
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a compiler on a CPU")
+def test_a_compiled_step_learns_the_same(work: Path) -> None:
+    base = ["trainer.max_epochs=1", "data.train_all=true"]
+    train(compose(*base))
+    train(compose(*base, "model.compile=true", "wandb.name=compiled"))
+    one, two = (weights(work / f"saved_models/{name}/last.ckpt") for name in ("tiny", "compiled"))
+    assert list(one) == list(two)
+    torch.testing.assert_close(one, two, rtol=1e-3, atol=2e-3)  # Adam's first steps follow the signs of gradients
+
+
 def test_learning_lowers_the_loss(work: Path) -> None:
     train(
         compose(
