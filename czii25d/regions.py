@@ -277,7 +277,8 @@ def _voxel_range(
     stop = size if high is None else math.ceil(high / side - SLACK)
     if not max(first, 0) < min(stop, size):
         expected = f"a range within 0 to {size * side:.0f} angstrom, the lower end first"
-        raise InputError(f"{where}: {axis}", expected, f"[{low}, {high}]", "correct it, in angstrom")
+        found = ", ".join("null" if end is None else f"{end:g}" for end in (low, high))
+        raise InputError(f"{where}: {axis}", expected, f"[{found}]", "correct it, in angstrom")
     return slice(max(first, 0), min(stop, size))
 
 

@@ -1,34 +1,30 @@
 from __future__ import annotations
 
 import math
+from dataclasses import fields
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from czii25d.data.augment import Augmentation, Pose
+from czii25d.data.augment import Augmentation, Intensity, Pose
 from czii25d.errors import InputError
 
-VOLUME = (30, 44, 60)
 TILE = (12, 20, 28)
-
-
-def crop_of(volume: np.ndarray):
-    def crop(start, shape):
-        assert all(a >= 0 and a + n <= side for a, n, side in zip(start, shape, volume.shape, strict=True))
-        return volume[tuple(slice(a, a + n) for a, n in zip(start, shape, strict=True))].copy()
-
-    return crop
-
+SPACING = (13.0, 11.0, 7.0)
+MANY = 300
 
 poses = st.builds(
     Pose,
     st.tuples(st.floats(10, 20), st.floats(12, 30), st.floats(15, 45)),
     st.floats(-math.pi, math.pi),
-    st.floats(0.8, 1.2),
+    st.tuples(*[st.floats(0.8, 1.2)] * 3),
     st.booleans(),
     st.booleans(),
+    st.floats(0, 0.5),
+    st.floats(-math.pi, math.pi),
+    st.sampled_from([(1.0, 1.0, 1.0), SPACING]),
 )
 
 
@@ -39,56 +35,79 @@ def test_to_tile_undoes_to_tomogram(pose: Pose, points: list[tuple[float, float,
 
 
 @given(poses)
-def test_resampling_a_linear_ramp_is_exact_at_every_pose(pose: Pose) -> None:
-    z, y, x = np.meshgrid(*(np.arange(n, dtype=np.float32) for n in VOLUME), indexing="ij")
-    ramp = 3 * z - 2 * y + 0.5 * x
-    tile = pose.resample(crop_of(ramp), VOLUME, TILE)
-    index = np.stack(np.meshgrid(*(np.arange(n) for n in TILE), indexing="ij"), -1).reshape(-1, 3)
-    source = pose.to_tomogram(index.astype(float), TILE)
-    inside = ((source >= 0) & (source <= np.array(VOLUME) - 1)).all(1)
-    expected = source @ [3, -2, 0.5]
-    assert tile.shape == TILE and tile.dtype == np.float32
-    assert inside.any()
-    np.testing.assert_allclose(tile.reshape(-1)[inside], expected[inside], atol=2e-3)
+def test_a_turn_keeps_lengths_in_angstrom_but_for_the_scales(pose: Pose) -> None:
+    steps = pose.matrix * np.array(pose.voxel_spacing)[:, None]  # columns: a step along the tile's axes, in angstrom
+    expected = np.diag((np.array(pose.voxel_spacing) * pose.scale) ** 2)
+    np.testing.assert_allclose(steps.T @ steps, expected, atol=1e-9)
+    np.testing.assert_allclose(np.sign(np.linalg.det(steps)), (-1) ** (pose.flip_z + pose.flip_x))
 
 
-def test_an_unturned_tile_is_the_crop_itself() -> None:
-    volume = np.random.default_rng(0).standard_normal(VOLUME).astype(np.float32)
-    pose = Pose((5 + 5.5, 7 + 9.5, 9 + 13.5))
-    np.testing.assert_array_equal(pose.resample(crop_of(volume), VOLUME, TILE), volume[5:17, 7:27, 9:37])
-    mirrored = Pose((5 + 5.5, 7 + 9.5, 9 + 13.5), flip_z=True, flip_x=True)
-    expected = volume[5:17, 7:27, 9:37][::-1, :, ::-1]
-    np.testing.assert_array_equal(mirrored.resample(crop_of(volume), VOLUME, TILE), expected)
+def test_angles_are_those_they_are_called() -> None:
+    turned = Pose((0.0, 0.0, 0.0), angle=math.pi / 2).matrix
+    np.testing.assert_allclose(turned @ [0, 0, 1], [0, 1, 0], atol=1e-12)  # x to y: y goes towards -x
+    tilted = Pose((0.0, 0.0, 0.0), tilt=math.radians(30)).matrix  # about y
+    assert tilted[0, 0] == pytest.approx(math.cos(math.radians(30))) and tilted[1].tolist() == [0, 1, 0]
+    about_x = Pose((0.0, 0.0, 0.0), tilt=math.radians(30), tilt_axis=math.pi / 2).matrix
+    np.testing.assert_allclose(about_x @ [0, 0, 1], [0, 0, 1], atol=1e-12)
 
 
-def test_outside_the_volume_is_zero() -> None:
-    tile = Pose((0.0, 0.0, 0.0)).resample(crop_of(np.ones(VOLUME, np.float32)), VOLUME, (11, 21, 27))
-    assert tile[:5].sum() == 0 and tile[:, :10].sum() == 0 and tile[..., :13].sum() == 0
-    assert (tile[5:, 10:, 13:] == 1).all()
+@given(poses)
+def test_the_box_holds_every_voxel_of_the_tile(pose: Pose) -> None:
+    index = np.stack(np.meshgrid(*(np.arange(n) for n in TILE), indexing="ij"), -1).reshape(-1, 3).astype(float)
+    source = pose.to_tomogram(index, TILE)
+    low, high = pose.box(TILE)
+    assert (source >= low - 1e-5).all() and (source <= high - 1 + 1e-5).all()
+    assert (source.min(0) - low < 1 + 1e-5).all() and (high - 1 - source.max(0) < 1 + 1e-5).all()
 
 
-def test_intensities_are_never_clipped() -> None:
+def test_frequencies_turn_with_the_tile() -> None:
+    """A wave of the tomogram, sampled in a tile, has there the frequency that maps back to the wave's."""
+    wave = np.array([0.01, -0.02, 0.03])  # cycles per angstrom
+    pose = Pose((5.0, 6.0, 7.0), 0.7, (1.1, 0.9, 1.0), False, True, 0.3, 1.0, SPACING)
+    in_tile = (wave * SPACING) @ pose.matrix  # cycles per voxel of the tile: phase = wave · spacing · (M t + c)
+    np.testing.assert_allclose(pose.to_tilt_frame() @ in_tile, wave, atol=1e-12)
+    axis_along_x = pose.to_tilt_frame(math.pi / 2) @ in_tile
+    np.testing.assert_allclose(np.abs(axis_along_x), np.abs(wave[[0, 2, 1]]), atol=1e-12)
+
+
+def test_what_is_drawn_stays_in_its_range() -> None:
+    augmentation = Augmentation(
+        rotate_prob=1.0,
+        tilt_range=10,
+        stretch_range=0.2,
+        contrast_prob=1.0,
+        noise_prob=1.0,
+        wedge_prob=1.0,
+    )
     rng = np.random.default_rng(0)
-    tile = rng.standard_normal((16, 64, 64)).astype(np.float32)
-    always = Augmentation(contrast_prob=1.0)
-    for _ in range(20):
-        changed = always.change_intensity(tile, rng)
-        slope, shift = np.polyfit(tile.ravel(), changed.ravel(), 1)
-        np.testing.assert_allclose(changed, slope * tile + shift, atol=1e-4)
-        assert 0.7 <= slope <= 1.3 and abs(shift) <= 0.3
-        assert changed.min() < -2
+    drawn = [augmentation.draw_pose((1.0, 2.0, 3.0), rng) for _ in range(MANY)]
+    tilts, scales = np.degrees([pose.tilt for pose in drawn]), np.array([pose.scale for pose in drawn])
+    assert 0 <= tilts.min() < 1 and 9 < tilts.max() <= 10
+    assert scales.min() >= 0.9 * 0.8 and scales.max() <= 1.1 * 1.2 and np.std(scales[:, 0] / scales[:, 2]) > 0.05
+    changes = [augmentation.draw_intensity(rng) for _ in range(MANY)]
+    for name, low, high in (("gain", 0.7, 1.3), ("shift", -0.3, 0.3), ("noise_std", 0, 0.3), ("wedge_tilt", 40, 60)):
+        values = [getattr(change, name) for change in changes]
+        margin = 0.05 * (high - low)
+        assert low <= min(values) < low + margin and high - margin < max(values) <= high, name
+    assert len({change.noise_key for change in changes}) == MANY
 
 
 def test_no_augmentation_changes_nothing() -> None:
     off = Augmentation(rotate_prob=0, flip_x_prob=0, contrast_prob=0)
     rng = np.random.default_rng(0)
     assert off.draw_pose((1.0, 2.0, 3.0), rng) == Pose((1.0, 2.0, 3.0))
-    tile = np.ones((2, 3, 4), np.float32)
-    assert off.change_intensity(tile, rng) is tile
+    assert off.draw_intensity(rng) == Intensity()
 
 
-def test_out_of_range_is_refused_by_name() -> None:
-    with pytest.raises(InputError, match=r"data\.augment\.rotate_prob"):
-        Augmentation(rotate_prob=1.5)
-    with pytest.raises(InputError, match=r"data\.augment\.scale_range"):
-        Augmentation(scale_range=-0.1)
+@pytest.mark.parametrize("name", [field.name for field in fields(Augmentation)])
+def test_out_of_range_is_refused_by_name(name: str) -> None:
+    for value in (-0.1, 91 if "tilt" in name else 1.5 if name.endswith("_prob") else math.nan, "much"):
+        with pytest.raises(InputError, match=rf"data\.augment\.{name}"):
+            Augmentation(**{name: value})
+
+
+def test_tilts_that_leave_nothing_are_refused() -> None:
+    with pytest.raises(InputError, match="noise_tilt"):
+        Augmentation(noise_tilt=0)
+    with pytest.raises(InputError, match="wedge_tilt_max"):
+        Augmentation(wedge_tilt_min=50, wedge_tilt_max=40)

@@ -1,19 +1,27 @@
 from __future__ import annotations
 
+import json
 import logging
+import pickle
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
+from lightning.pytorch.plugins import MixedPrecision
 
 from czii25d.data.augment import Augmentation
+from czii25d.data.cache import choose_cache, load_volumes
 from czii25d.data.datamodule import TomogramDataModule, check_classes, split_runs
-from czii25d.data.dataset import EpochSampler, Sampling, TileDataset, render_in_pose
+from czii25d.data.dataset import EpochSampler, Sampling, TileDataset
 from czii25d.data.targets import HeatmapTarget, open_target
+from czii25d.data.tiles import TileBatch, make_tiles
 from czii25d.data.volumes import open_volume
 from czii25d.errors import InputError
+from czii25d.heatmap import render_heatmap
 from czii25d.particles import load_particles
 from czii25d.regions import Region
 
@@ -53,8 +61,19 @@ def test_an_item_is_the_volume_and_the_heatmap_of_the_same_place(opened) -> None
     assert seen > 6
 
 
-@pytest.mark.parametrize("kind", ["grid", "balanced"])
-def test_tiles_are_cut_in_the_regions_and_what_is_outside_is_not_labelled(opened, kind: Any) -> None:
+def test_runs_of_several_spacings_are_refused_with_the_cure(prepared_dir: Path, tmp_path: Path) -> None:
+    shutil.copytree(prepared_dir / "output", tmp_path / "output")
+    meta = tmp_path / "output/volumes/train/TS_69_2/meta.json"
+    meta.write_text(json.dumps({**json.loads(meta.read_text()), "voxel_spacing": [13.7, 13.7, 13.7]}))
+    folders = tmp_path / "output/volumes/train", tmp_path / "output/heatmaps"
+    with pytest.raises(
+        InputError, match=r"run TS_69_2: expected the voxel spacing.*found.*13\.7.*resample_to=ANGSTROM"
+    ):
+        TomogramDataModule(*folders, RUNS, [], load_particles(), TILE, Sampling(), OFF)
+
+
+@pytest.mark.parametrize(("kind", "tilt_range"), [("grid", 0.0), ("balanced", 0.0), ("balanced", 20.0)])
+def test_tiles_are_cut_in_the_regions_and_what_is_outside_is_not_labelled(opened, kind: Any, tilt_range: float) -> None:
     volumes, targets = opened
     mask = np.zeros(volumes[1].shape, bool)
     mask[3:9, 4:12, 30:50] = True
@@ -63,7 +82,7 @@ def test_tiles_are_cut_in_the_regions_and_what_is_outside_is_not_labelled(opened
         Region.of(volumes[1].shape, volumes[1].voxel_spacing, mask=mask),
         None,
     ]
-    augmentation = Augmentation(rotate_prob=0.5, scale_range=0.2, flip_x_prob=0.5, flip_z_prob=0.5, contrast_prob=0)
+    augmentation = Augmentation(rotate_prob=0.5, scale_range=0.2, tilt_range=tilt_range, contrast_prob=0)
     sampling = Sampling(kind, particle_prob=0.5, samples_per_epoch=40)
     dataset = TileDataset(volumes, targets, TILE, sampling, augmentation, regions=regions)
     whole = TileDataset(volumes, targets, TILE, sampling, augmentation)
@@ -71,7 +90,7 @@ def test_tiles_are_cut_in_the_regions_and_what_is_outside_is_not_labelled(opened
     for key in range(40):
         rng = np.random.default_rng((0, 0, key))
         run, center = dataset._draw_center(key, rng)
-        pose = augmentation.draw_pose(center, rng)
+        pose = augmentation.draw_pose(center, rng, volumes[run].voxel_spacing)
         heatmap = dataset[key][1].numpy()
         corners = np.stack(np.meshgrid(*(np.arange(side) for side in TILE), indexing="ij"), -1).reshape(-1, 3)
         z, y, x = np.rint(pose.to_tomogram(corners.astype(float), TILE)).astype(int).T
@@ -84,11 +103,11 @@ def test_tiles_are_cut_in_the_regions_and_what_is_outside_is_not_labelled(opened
             expected = ((z >= 3) & (z < 9) & (y >= 4) & (y < 12) & (x >= 30) & (x < 50)).reshape(TILE)
         for channel in heatmap:
             np.testing.assert_array_equal(np.isfinite(channel), expected)
-        np.testing.assert_allclose(
-            heatmap[:, expected], render_in_pose(targets[run], pose, TILE)[:, expected], atol=1e-6
-        )
+        centers, sigma = pose.to_tile(targets[run].centers_zyx_voxel, TILE), targets[run].sigma_voxel / pose.scale
+        rendered = render_heatmap(centers, targets[run].channels, sigma, TILE, 6)
+        np.testing.assert_allclose(heatmap[:, expected], rendered[:, expected], atol=2e-3)
         labelled += expected.any()
-    assert labelled == 40
+    assert tilt_range or labelled == 40
     assert len(TileDataset(volumes, targets, TILE, Sampling("grid"), OFF, regions=regions)) < len(
         TileDataset(volumes, targets, TILE, Sampling("grid"), OFF)
     )
@@ -108,10 +127,13 @@ def test_only_particles_in_the_region_are_tiles_cut_about(opened) -> None:
         assert (offsets <= np.array(TILE) / 2 + 1).all(1).any()
 
 
-def test_a_turned_tile_shows_its_particles_where_the_heatmap_says(opened) -> None:
+@pytest.mark.parametrize("out_of_plane", [{}, {"tilt_range": 20, "stretch_range": 0.2}])
+def test_a_turned_tile_shows_its_particles_where_the_heatmap_says(opened, out_of_plane) -> None:
     """Planted blobs are dark: over many poses, the image is darkest where the heatmap peaks."""
     volumes, targets = opened
-    augmentation = Augmentation(rotate_prob=1.0, scale_range=0.2, flip_x_prob=0.5, flip_z_prob=0.5, contrast_prob=0)
+    augmentation = Augmentation(
+        rotate_prob=1.0, scale_range=0.2, flip_x_prob=0.5, flip_z_prob=0.5, contrast_prob=0, **out_of_plane
+    )
     dataset = TileDataset(volumes, targets, TILE, Sampling("balanced", particle_prob=1.0), augmentation)
     at_peaks, elsewhere = [], []
     for key in range(40):
@@ -130,6 +152,98 @@ def test_items_depend_on_seed_epoch_and_index_alone(opened) -> None:
     np.testing.assert_array_equal(one[3][0], same[3][0])
     assert not np.array_equal(one[3][0], other[3][0])
     assert not np.array_equal(one[3][0], one[3 + len(one)][0])
+
+
+def test_normalisation_is_that_of_the_volume_and_contrast_comes_after(opened) -> None:
+    volumes, targets = opened
+    volumes = [replace(volume, normalization="global") for volume in volumes]
+    dataset = TileDataset(volumes, targets, TILE, Sampling("grid"), replace(OFF, contrast_prob=1.0))
+    rng = np.random.default_rng((0, 0, 7))
+    run, center = dataset._draw_center(7, rng)
+    dataset.augmentation.draw_pose(center, rng)
+    change = dataset.augmentation.draw_intensity(rng)
+    z, y, x = (int(c - (side - 1) / 2) for c, side in zip(center, TILE, strict=True))
+    expected = volumes[run].crop((z, y, x), TILE) * change.gain + change.shift
+    np.testing.assert_allclose(dataset[7][0][0], expected, atol=1e-4)
+    assert (
+        change.gain != 1
+        and np.abs(volumes[run].crop((z, y, x), TILE) - volumes[run].data[z : z + 8, y : y + 24, x : x + 20]).max()
+        > 0.1
+    )
+
+
+EVERYTHING = Augmentation(tilt_range=5, noise_prob=0.5, noise_tilt=60, wedge_prob=0.3, flip_z_prob=0.5, paste_prob=0.5)
+
+
+def test_a_batch_is_its_items_wherever_it_is_made(opened) -> None:
+    volumes, targets = opened
+    dataset = TileDataset(volumes, targets, TILE, Sampling("balanced"), EVERYTHING)
+    keys = [3, 40, 5, 111]
+    expected = [torch.stack(parts) for parts in zip(*(dataset[key] for key in keys), strict=True)]
+    in_memory = load_volumes(volumes, "host", torch.device("cpu"))
+    for delivers in ("tiles", "boxes", "plans"):
+        dataset.delivers = delivers
+        batch = dataset.__getitems__(keys)
+        if isinstance(batch, TileBatch):
+            assert MixedPrecision("bf16-mixed", "cpu").convert_input(batch) is batch, "Lightning leaves it as it is"
+            batch = make_tiles(batch, in_memory if delivers == "plans" else [])
+        for own, part in zip(batch, expected, strict=True):
+            torch.testing.assert_close(own, part, atol=2e-4, rtol=0)
+
+
+def test_tiles_are_cut_from_every_reconstruction_alike(opened) -> None:
+    volumes, targets = opened
+    others = [[replace(volume, data=volume.data + np.float16(100 * (n + 1))) for n in range(2)] for volume in volumes]
+    plain = TileDataset(volumes, targets, TILE, Sampling("grid"), OFF)
+    dataset = TileDataset(volumes, targets, TILE, Sampling("grid"), OFF, others=others)
+    added = []
+    for key in range(60):
+        (own, own_heatmap), (image, heatmap) = plain[key], dataset[key]
+        torch.testing.assert_close(own_heatmap, heatmap)
+        added.append(round(float((image - own).mean()) / 100))
+        torch.testing.assert_close(image - 100 * added[-1], own, atol=0.1, rtol=0)
+    assert min(np.bincount(added, minlength=3)) > 10
+
+
+def test_a_reconstruction_that_01_did_not_make_names_the_command(prepared_dir: Path) -> None:
+    with pytest.raises(InputError, match=r"data\.reconstructions.*TS_5_4.*more_reconstructions=\[wbp\]"):
+        make_module(prepared_dir, reconstructions=["wbp"])
+
+
+def test_a_dataset_travels_without_its_voxels(opened) -> None:
+    volumes, targets = opened
+    dataset = TileDataset(volumes, targets, TILE, Sampling(), EVERYTHING)
+    dataset.voxels = load_volumes(volumes, "host", torch.device("cpu"))
+    sent = pickle.dumps(dataset)
+    assert len(sent) < volumes[0].data.nbytes
+    torch.testing.assert_close(pickle.loads(sent)[4][0], dataset[4][0])
+
+
+GB = 10**9
+
+
+@pytest.mark.parametrize(
+    ("wanted", "size", "free_on_gpu", "memory", "chosen"),
+    [
+        ("auto", GB, None, 8 * GB, "disk"),
+        ("auto", GB, 24 * GB, 8 * GB, "device"),
+        ("auto", 8 * GB, 24 * GB, 64 * GB, "host"),
+        ("auto", 8 * GB, 24 * GB, 8 * GB, "disk"),
+        ("host", 8 * GB, 24 * GB, 8 * GB, "host"),
+        ("device", 8 * GB, 24 * GB, 8 * GB, "device"),
+    ],
+)
+def test_volumes_lie_where_there_is_room(wanted, size, free_on_gpu, memory, chosen) -> None:
+    cache, why = choose_cache(wanted, size, free_on_gpu, memory)
+    assert cache == chosen
+    assert (why is not None) == (wanted == "auto" and free_on_gpu is not None and chosen != "device")
+
+
+def test_a_cache_without_room_is_refused() -> None:
+    with pytest.raises(InputError, match=r"data\.cache.*8\.0 GB free.*found 6\.0 GB.*data\.cache=host"):
+        choose_cache("device", 8 * GB, 6 * GB, 8 * GB)
+    with pytest.raises(InputError, match=r"data\.cache.*auto, device, host, disk"):
+        choose_cache("ram", 0, None, 0)  # type: ignore[arg-type]
 
 
 def test_grid_is_the_published_half_overlapping_one(opened) -> None:
@@ -217,6 +331,14 @@ def test_loaders_give_batches_and_whole_tomograms(prepared_dir: Path) -> None:
     assert image.shape == (4, 1, *TILE) and heatmap.shape == (4, 6, *TILE)
     assert list(data.val_dataloader()) == [0]
     assert data.held_out[0][1].run == "TS_6_4"
+
+
+@pytest.mark.parametrize("cache", ["host", "disk"])
+def test_workers_and_caches_change_nothing(prepared_dir: Path, cache: str) -> None:
+    plain, other = make_module(prepared_dir), make_module(prepared_dir, num_workers=2, cache=cache)
+    other.move_to(torch.device("cpu"))
+    for one, two in zip(plain.train_dataloader(), other.train_dataloader(), strict=True):
+        torch.testing.assert_close(one, two, rtol=0, atol=0)
 
 
 def test_class_count_that_differs_from_02_is_refused(prepared_dir: Path) -> None:

@@ -186,6 +186,27 @@ def test_mode_chooses_the_split(work: Path) -> None:
         create_dataset(configure("create_dataset", work, "mode=valid"))
 
 
+def test_further_reconstructions_lie_with_their_run(prepared: Path, messages: pytest.LogCaptureFixture) -> None:
+    for run in RUNS:
+        tomogram = prepared / f"input/train/static/ExperimentRuns/{run}/VoxelSpacing10.000/denoised.zarr"
+        shutil.copytree(tomogram, tomogram.with_name("wbp.zarr"))
+        array = zarr.open_array(str(tomogram.with_name("wbp.zarr") / "0"), mode="r+")
+        array[:] = array[:][:, ::-1] * 3
+    before = contents(prepared / "output/volumes")
+    returned = create_dataset(configure("create_dataset", prepared, "more_reconstructions=[wbp]"))
+    assert [volume.name for volume in returned] == [*RUNS, "TS_99_9"]
+    after = contents(prepared / "output/volumes")
+    added = {f"train/{run}/wbp/volume.npy" for run in RUNS}
+    assert set(after) - set(before) == added and all(after[name] == content for name, content in before.items())
+    folder = prepared / "output/volumes/train/TS_6_4"
+    own, other = open_volume(folder), open_volume(folder / "wbp")
+    np.testing.assert_allclose(other.data, own.data[:, ::-1], atol=2e-3)
+    create_dataset(configure("create_dataset", prepared, "more_reconstructions=[wbp]"))
+    assert messages.messages[-1].endswith("was there")
+    with pytest.raises(InputError, match="more_reconstructions"):
+        create_dataset(configure("create_dataset", prepared, "more_reconstructions=[denoised]"))
+
+
 def test_02_needs_01(work: Path) -> None:
     with pytest.raises(InputError, match=r"TS_5_4.*run 01_create_dataset\.py first"):
         create_mask(configure("create_mask", work))

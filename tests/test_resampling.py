@@ -195,11 +195,7 @@ def test_the_same_particles_are_found_at_every_spacing(work: Path) -> None:
     create_dataset(compose("create_dataset", "mode=test", "tomograms=tomograms.csv"))
     prepared = run_predict("predictions=prepared", "source=volumes")
     pd.testing.assert_frame_equal(prepared, straight, atol=0.2, rtol=0)  # rounded to float16 once more
-    assert sorted(path.name for path in Path("prepared").iterdir() if path.name != ".volumes") == [
-        "runs",
-        "scored_picks.csv",
-        "submission.csv",
-    ]
+    assert not list(Path("prepared/.volumes").iterdir())
     picker = Picker.load("blobs.safetensors", runtime="torch", floor=0.2, margin=(8, 8, 8))
     for spacing in (7.84, 13.7):
         found = picker.pick(np.load(f"at_{spacing}.npy"), spacing)

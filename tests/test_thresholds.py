@@ -522,8 +522,8 @@ def test_bad_input_is_one_clear_line_and_leaves_nothing(work: Path, overrides: l
 def test_a_run_that_cannot_be_predicted_stores_nothing(work: Path) -> None:
     volume = np.random.default_rng(0).standard_normal((20, 33, 34)).astype(np.float32)
     shutil.rmtree("output/volumes/train/TS_2")
-    write_volume("output/volumes/train/TS_2", volume, (10.0, 7.8, 10.0), {})
-    with pytest.raises(InputError, match=r"1 of 3 runs.*TS_2.*7\.8"):
+    write_volume("output/volumes/train/TS_2", volume, (10.0, 2.8, 10.0), {})
+    with pytest.raises(InputError, match=r"1 of 3 runs.*TS_2.*2\.8"):
         fit()
     assert not Path("output/out_of_fold/thresholds.json").exists()
     card = read_card("saved/one/best.ckpt")

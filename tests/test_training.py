@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import csv
 import shutil
+from collections.abc import Callable
 from pathlib import Path
+from typing import get_args
 
 import hydra
 import numpy as np
@@ -15,6 +17,9 @@ import zarr
 from conftest import run_script
 
 import czii25d
+from czii25d.data.cache import load_volumes
+from czii25d.data.datamodule import TomogramDataModule
+from czii25d.data.dataset import Delivery
 from czii25d.data.predictions import read_predictions
 from czii25d.errors import InputError
 from czii25d.models.checkpoint import load_checkpoint, read_card
@@ -271,6 +276,38 @@ def test_a_compiled_step_learns_the_same(work: Path) -> None:
     one, two = (weights(work / f"saved_models/{name}/last.ckpt") for name in ("tiny", "compiled"))
     assert list(one) == list(two)
     torch.testing.assert_close(one, two, rtol=1e-3, atol=2e-3)  # Adam's first steps follow the signs of gradients
+
+
+EVERYTHING = [
+    *(
+        f"data.augment.{name}_prob=0.5"
+        for name in ("rotate", "flip_x", "flip_z", "contrast", "noise", "wedge", "paste")
+    ),
+    *("data.augment.tilt_range=5", "data.augment.stretch_range=0.1", "data.augment.noise_tilt=60"),
+    *("data.augment.noise_pink=1", "trainer.max_epochs=1", "data.train_all=true", "loss.mixup=0.5"),
+]
+
+
+def test_tiles_that_the_device_makes_train_the_same_network(work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU: workers send plans, or boxes, and the tiles are made where the batch comes to."""
+
+    def loss(*overrides: str) -> float:
+        train(compose(*EVERYTHING, *overrides))
+        return float(list(csv.DictReader((work / "saved_models/tiny/metrics.csv").open()))[-1]["train/loss"])
+
+    expected = loss("data.cache=host", "data.num_workers=1")
+
+    def delivering(delivers: Delivery) -> Callable[[TomogramDataModule, torch.device], None]:
+        def move_to(data: TomogramDataModule, device: torch.device) -> None:
+            data._on_device = load_volumes(data.dataset.all_volumes, "device", device)
+            data.dataset.delivers = delivers
+
+        return move_to
+
+    for delivers in get_args(Delivery)[1:]:
+        monkeypatch.setattr(TomogramDataModule, "move_to", delivering(delivers))
+        assert loss("resume=false", "data.num_workers=1") == pytest.approx(expected, rel=1e-3), delivers
+    assert loss("resume=false", "seed=1") != pytest.approx(expected, rel=1e-3)
 
 
 def test_learning_lowers_the_loss(work: Path) -> None:

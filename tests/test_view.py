@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,7 +14,7 @@ import pytest
 from test_report import FOUND, PARTICLES, SHAPE, SPACING, THRESHOLDS, plant
 
 from czii25d.data.predictions import PredictedRun, read_predictions, write_record
-from czii25d.data.targets import create_heatmap_array
+from czii25d.data.targets import create_heatmap_array, open_heatmap_array
 from czii25d.errors import InputError
 from czii25d.picks import make_picks
 from czii25d.pipeline.app import load_config, translate_runs
@@ -50,8 +51,9 @@ def test_tomogram_and_picks_share_the_angstroms(work: Path) -> None:
 
 
 def test_more_is_shown_if_it_is_there(work: Path) -> None:
-    shape = (4, 6, 8)
-    array = create_heatmap_array(Path("output/predictions/heatmaps/TS_1.zarr"), "TS_1", PARTICLES, SPACING, shape)
+    shape, coarse = (4, 6, 8), (60.0, 73.0, 84.0)  # heatmaps may be coarser than the tomogram
+    path = Path("output/predictions/heatmaps/TS_1.zarr")
+    array = create_heatmap_array(path, "TS_1", PARTICLES, coarse, shape)
     array[1, 2, 3, 4] = 200
     truth = pd.concat([make_picks("TS_1", "rod", [(1.0, 2.0, 3.0)]), make_picks("TS_2", "ball", [(0.0, 0.0, 0.0)])])
     found = layers(solution=truth, all_scores=True)
@@ -59,8 +61,14 @@ def test_more_is_shown_if_it_is_there(work: Path) -> None:
     heatmap = found["heatmap rod"]
     assert heatmap.data.shape == shape and heatmap.data[2][3, 4] == np.asarray(heatmap.data)[2, 3, 4] == 200
     assert heatmap.options["colormap"] == PARTICLES[1].color and not heatmap.options["visible"]
+    assert heatmap.options["scale"] == coarse and found["TS_1"].options["scale"] == SPACING
     np.testing.assert_allclose(found["true rod (1)"].data * SPACING, [[3, 2, 1]])
     assert "ball (4)" in found and "true ball (1)" not in found
+    with pytest.raises(InputError, match=r"TS_1\.zarr: expected heatmaps of ball, found ball, rod, none"):
+        open_heatmap_array(path, PARTICLES.first(1))
+    shutil.rmtree(path / "0")
+    with pytest.raises(InputError, match=r"TS_1\.zarr.*write them again"):
+        layers()
 
 
 def test_a_tomogram_is_opened_where_there_is_no_volume(work: Path) -> None:

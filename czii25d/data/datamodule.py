@@ -9,17 +9,22 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
+import torch
+from torch import Tensor
 from torch.utils.data import DataLoader
 
 from czii25d.data.augment import Augmentation
+from czii25d.data.cache import Cache, choose_cache, host_memory, load_volumes
 from czii25d.data.dataset import EpochSampler, Sampling, TileDataset
 from czii25d.data.regions import RegionTable
 from czii25d.data.targets import HeatmapTarget, open_target
+from czii25d.data.tiles import TileBatch, make_tiles
 from czii25d.data.volumes import Normalization, Volume, open_volume
 from czii25d.errors import InputError, did_you_mean
 from czii25d.geometry import Shape3D
 from czii25d.particles import ParticleSet
 from czii25d.regions import Region, Selection
+from czii25d.resampling import is_same_spacing
 
 logger = logging.getLogger(__name__)
 
@@ -79,7 +84,7 @@ def split_runs(
 
 
 class TomogramDataModule(L.LightningDataModule):
-    """Memory-mapped volumes and their targets, split by fold; opening them reads next to nothing.
+    """Volumes and their targets, split by fold; opening them reads next to nothing.
 
     Parameters
     ----------
@@ -91,6 +96,10 @@ class TomogramDataModule(L.LightningDataModule):
         What the network is to find; must be what 02 was made for.
     regions
         What is labelled of each run; ``None``: all of all. Tiles are cut there, and the rest has no part in the loss.
+    cache
+        Where the training volumes lie, see `czii25d.data.cache.choose_cache`.
+    reconstructions
+        Further volumes of each training run, ``<volumes_dir>/<run>/<reconstruction>/``.
     """
 
     def __init__(
@@ -108,13 +117,17 @@ class TomogramDataModule(L.LightningDataModule):
         num_workers: int = 0,
         seed: int = 0,
         regions: RegionTable | None = None,
+        cache: Cache = "auto",
+        reconstructions: Sequence[str] = (),
     ) -> None:
         super().__init__()
+        choose_cache(cache, 0, None, 0)  # refuses what it does not know
         if batch_size < 1:
             raise InputError("key data.batch_size", "at least 1", str(batch_size), "raise it")
         if num_workers < 0:
             raise InputError("key data.num_workers", "at least 0", str(num_workers), "raise it")
-        self.batch_size, self.num_workers, self.seed = batch_size, num_workers, seed
+        self.batch_size, self.num_workers, self.seed, self.cache = batch_size, num_workers, seed, cache
+        self._on_device: list[Tensor] = []
         self._epoch, self._batch = 0, 0  # where a resumed training stands
 
         def open_runs(names: Sequence[str]) -> list[tuple[Volume, HeatmapTarget]]:
@@ -164,7 +177,34 @@ class TomogramDataModule(L.LightningDataModule):
             augmentation,
             seed,
             labelled,
+            [
+                [_open_other(volume, name, volumes_dir / volume.name / name) for name in reconstructions]
+                for volume, _ in train
+            ],
         )
+
+    def setup(self, stage: str) -> None:
+        """Bring the volumes to where tiles are cut from them, as Lightning asks before a training."""
+        if stage == "fit":
+            self.move_to(self.trainer.strategy.root_device if self.trainer else torch.device("cpu"))
+
+    def move_to(self, device: torch.device) -> None:
+        """Prepare for a training on a device: tiles are made there."""
+        size = sum(volume.data.nbytes for volume in self.dataset.all_volumes)
+        free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else None
+        cache, why = choose_cache(self.cache, size, free, host_memory())
+        if why:
+            logger.info("data.cache=%s: %s", cache, why)
+        voxels = load_volumes(self.dataset.all_volumes, cache, device)
+        on_device = cache == "device" and device.type != "cpu"
+        self._on_device = voxels if on_device else []
+        if not on_device:
+            self.dataset.voxels = voxels
+        self.dataset.delivers = "tiles" if device.type == "cpu" else "plans" if on_device else "boxes"
+
+    def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        """Make the tiles of a training batch on the device that it has come to."""
+        return make_tiles(batch, self._on_device) if isinstance(batch, TileBatch) else batch
 
     def state_dict(self) -> dict[str, Any]:
         """Return which batch of which epoch comes next, and of what data."""
@@ -209,7 +249,10 @@ class TomogramDataModule(L.LightningDataModule):
         }
 
     def train_dataloader(self) -> DataLoader:
-        """Return the loader of ``(B, 1, D, H, W)`` images and ``(B, C, D, H, W)`` heatmaps."""
+        """Return the loader of batches, `on_after_batch_transfer` makes images and heatmaps of them.
+
+        ``(B, 1, D, H, W)`` and ``(B, C, D, H, W)``.
+        """
         world_size = self.trainer.world_size if self.trainer else 1
         rank = self.trainer.global_rank if self.trainer else 0
         sampler = EpochSampler(
@@ -221,6 +264,7 @@ class TomogramDataModule(L.LightningDataModule):
             sampler=sampler,
             num_workers=self.num_workers,
             worker_init_fn=leave_signals_to_the_trainer,
+            collate_fn=_as_it_is,
             persistent_workers=self.num_workers > 0,
             pin_memory=self.trainer is not None and self.trainer.accelerator.__class__.__name__ == "CUDAAccelerator",
             drop_last=len(self.dataset) // world_size >= self.batch_size,
@@ -265,6 +309,21 @@ def leave_signals_to_the_trainer(worker: int) -> None:
 
 def _listed(value: Any) -> str:
     return ", ".join(value) or "none" if isinstance(value, list) else str(value)
+
+
+def _open_other(volume: Volume, reconstruction: str, folder: Path) -> Volume:
+    if not folder.is_dir():
+        cure = f"run 01_create_dataset.py more_reconstructions=[{reconstruction}], or remove it"
+        raise InputError("key data.reconstructions", f"a volume {reconstruction} of {volume.name}", "none", cure)
+    other = open_volume(folder, volume.normalization)
+    if other.shape != volume.shape or not is_same_spacing(other.voxel_spacing, volume.voxel_spacing):
+        expected = f"the run's shape {volume.shape} and voxel spacing {volume.voxel_spacing}"
+        raise InputError(folder, expected, f"{other.shape}, {other.voxel_spacing}", "run 01_create_dataset.py again")
+    return other
+
+
+def _as_it_is(batch: Any) -> Any:
+    return batch
 
 
 def _labelled(selection: Selection, run: str) -> Region:

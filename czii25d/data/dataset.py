@@ -1,25 +1,30 @@
-"""Training tiles: where they are cut, how they lie, and their target rendered for that pose."""
+"""Training tiles: where they are cut and how they lie, and, where that is asked for, made."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, replace
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.utils.data import Dataset, Sampler
+from torch.utils.data import Dataset, Sampler, get_worker_info
 
-from czii25d.data.augment import Augmentation, Pose
+from czii25d.data.augment import Augmentation
+from czii25d.data.cache import load_volumes
+from czii25d.data.paste import Pasting
 from czii25d.data.targets import HeatmapTarget
-from czii25d.data.volumes import Volume
+from czii25d.data.tiles import Tile, TileBatch, make_tiles, plan_batch
+from czii25d.data.volumes import Volume, gain_and_shift
 from czii25d.errors import InputError
 from czii25d.geometry import Shape3D, zyx_voxel_to_xyz_angstrom
-from czii25d.heatmap import render_heatmap
 from czii25d.regions import Region
 from czii25d.tiling import TileGrid
+
+Delivery = Literal["tiles", "boxes", "plans"]
 
 
 @dataclass(frozen=True)
@@ -57,9 +62,15 @@ class Sampling:
 class TileDataset(Dataset[tuple[Tensor, Tensor]]):
     """Tiles of several tomograms with their heatmaps.
 
-    An item depends on ``(seed, epoch, index)`` alone, not on workers, processes or what was read before, so an
-    interrupted training goes on exactly where it was. Items are asked for by ``epoch * len(self) + index``
-    (`EpochSampler` does so).
+    An item depends on ``(seed, epoch, index)`` alone, not on its batch, workers, processes, device or what was read
+    before, so an interrupted training goes on exactly where it was. Items are asked for by
+    ``epoch * len(self) + index`` (`EpochSampler` does so); a loader asks for a batch of them at once.
+
+    Attributes
+    ----------
+    delivers
+        What a loader's batch is. ``"tiles"``: images and heatmaps. ``"boxes"``: a `TileBatch` whose boxes are cut, to
+        be made elsewhere; ``"plans"``: one without voxels.
 
     Parameters
     ----------
@@ -70,6 +81,8 @@ class TileDataset(Dataset[tuple[Tensor, Tensor]]):
     regions
         Which voxels of each run are labelled; ``None``: all. Tiles are cut where some are, and the heatmaps of the
         others are NaN (see `czii25d.losses.on_labelled`).
+    others
+        Further volumes of each run, as many of each; a tile is cut from any of a run's alike.
     """
 
     def __init__(
@@ -81,9 +94,16 @@ class TileDataset(Dataset[tuple[Tensor, Tensor]]):
         augmentation: Augmentation,
         seed: int = 0,
         regions: Sequence[Region | None] | None = None,
+        others: Sequence[Sequence[Volume]] | None = None,
     ) -> None:
         self.volumes, self.targets = list(volumes), list(targets)
         self.regions = [None] * len(self.volumes) if regions is None else list(regions)
+        own = [[]] * len(self.volumes) if others is None else others
+        # Every run's own volume, then every run's first other one, and so on.
+        self.all_volumes = [*self.volumes, *(volume for layer in zip(*own, strict=True) for volume in layer)]
+        self.delivers: Delivery = "tiles"
+        self._voxels: list[Tensor] | None = None
+        self._sigmas = [target.sigma_voxel for target in targets]
         self.tile_shape, self.sampling, self.augmentation, self.seed = (
             tile_shape,
             sampling,
@@ -97,12 +117,12 @@ class TileDataset(Dataset[tuple[Tensor, Tensor]]):
             for start in TileGrid(volume.shape, tile_shape, (d, h, w)).starts
             if self._is_labelled(run, np.array(start))
         ]
+        labelled = [_are_labelled(target, region) for target, region in zip(targets, self.regions, strict=True)]
+        self._pasting = Pasting(targets, labelled) if augmentation.paste_prob else None
         particles = [
             (int(channel), (run, center))
-            for run, (target, region) in enumerate(zip(targets, self.regions, strict=True))
-            for channel, center, used in zip(
-                target.channels, target.centers_zyx_voxel, _are_labelled(target, region), strict=True
-            )
+            for run, target in enumerate(targets)
+            for channel, center, used in zip(target.channels, target.centers_zyx_voxel, labelled[run], strict=True)
             if used
         ]
         self._present = np.unique([channel for channel, _ in particles]).astype(int)
@@ -115,17 +135,65 @@ class TileDataset(Dataset[tuple[Tensor, Tensor]]):
 
     def __getitem__(self, key: int) -> tuple[Tensor, Tensor]:
         """Return ``(1, D, H, W)`` image and ``(C, D, H, W)`` heatmap, float32."""
+        image, heatmap = make_tiles(self.plan([key]), self.voxels)
+        return image[0], heatmap[0]
+
+    def __getitems__(self, keys: Sequence[int]) -> TileBatch | tuple[Tensor, Tensor]:
+        """Return what `delivers` says of a batch."""
+        if self.delivers != "tiles":
+            plan = self.plan(keys)
+            return plan if self.delivers == "plans" else plan.cut_from(self.voxels, torch.float16)
+        classes = len(self.targets[0].particles)
+        out = _room((len(keys), 1, *self.tile_shape)), _room((len(keys), classes, *self.tile_shape))
+        return make_tiles(self.plan(keys), self.voxels, out)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave out the voxels: a worker that is started anew maps the files."""
+        return {**vars(self), "_voxels": None}
+
+    @property
+    def voxels(self) -> list[Tensor]:
+        """The volumes that boxes are cut from, where there are some: mapped from disk unless others were given."""
+        if self._voxels is None:
+            self._voxels = load_volumes(self.all_volumes, "disk", torch.device("cpu"))
+        return self._voxels
+
+    @voxels.setter
+    def voxels(self, voxels: list[Tensor]) -> None:
+        self._voxels = voxels
+
+    def plan(self, keys: Sequence[int]) -> TileBatch:
+        """Draw a batch."""
+        tiles = [self._draw(key) for key in keys]
+        return plan_batch(tiles, self.tile_shape, self.augmentation.noise_tilt, self.augmentation.noise_pink)
+
+    def _draw(self, key: int) -> Tile:
         epoch, index = divmod(key, len(self))
         rng = np.random.default_rng((self.seed, epoch, index))
         run, center = self._draw_center(index, rng)
-        pose = self.augmentation.draw_pose(center, rng)
         volume, target = self.volumes[run], self.targets[run]
-        tile = pose.resample(volume.crop, volume.data.shape, self.tile_shape)
-        tile = self.augmentation.change_intensity(tile, rng)
-        heatmap = render_in_pose(target, pose, self.tile_shape)
-        if (region := self.regions[run]) is not None:
-            heatmap[:, ~labelled_in_pose(region, pose, self.tile_shape)] = np.nan
-        return torch.from_numpy(tile)[None], torch.from_numpy(heatmap)
+        pose = self.augmentation.draw_pose(center, rng, volume.voxel_spacing)
+        intensity = self.augmentation.draw_intensity(rng)
+        layer = 0
+        if (layers := len(self.all_volumes) // len(self.volumes)) > 1:
+            layer = int(rng.integers(layers)) * len(self.volumes)
+            volume = self.all_volumes[run + layer]
+        gain, shift = gain_and_shift(volume.mean, volume.std, volume.normalization)
+        intensity = replace(intensity, gain=intensity.gain * gain, shift=intensity.gain * shift + intensity.shift)
+        paste = None
+        if self._pasting is not None and rng.random() < self.augmentation.paste_prob:
+            paste = self._pasting.draw(run, pose, self.tile_shape, rng)
+            paste = paste and replace(paste, volume=paste.volume + layer)
+        return Tile(
+            run + layer,
+            pose,
+            intensity,
+            target.centers_zyx_voxel,
+            target.channels,
+            self._sigmas[run],
+            paste,
+            self.regions[run],
+        )
 
     def _draw_center(self, index: int, rng: np.random.Generator) -> tuple[int, tuple[float, float, float]]:
         """Draw a run and where in it the middle of a tile lies; the unturned tile is inside the volume."""
@@ -157,33 +225,18 @@ class TileDataset(Dataset[tuple[Tensor, Tensor]]):
         return bool(region.crop((z, y, x), self.tile_shape).any())
 
 
+def _room(shape: Sequence[int]) -> Tensor:
+    """Return an empty float32 tensor; in a worker process, one in shared memory, not to be copied on its way out."""
+    if get_worker_info() is None:
+        return torch.empty(tuple(shape))
+    storage = torch.UntypedStorage._new_shared(math.prod(shape) * 4)  # as torch's own default_collate does
+    return torch.empty(0).set_(storage, 0, tuple(shape))  # type: ignore[call-overload]
+
+
 def _are_labelled(target: HeatmapTarget, region: Region | None) -> NDArray[np.bool_]:
     """Return which particles lie where labels are known, ``(N,)``."""
     locations = zyx_voxel_to_xyz_angstrom(target.centers_zyx_voxel, target.voxel_spacing)
     return np.ones(len(locations), bool) if region is None else region.contains(locations)
-
-
-def labelled_in_pose(region: Region, pose: Pose, tile_shape: Shape3D) -> NDArray[np.bool_]:
-    """Return which voxels ``(D, H, W)`` of a tile in that pose show a voxel of the region; the nearest one counts."""
-    depth, height, width = tile_shape
-    along_z = np.zeros((depth, 3))
-    along_z[:, 0] = np.arange(depth)
-    plane = np.stack(np.meshgrid([0], np.arange(height), np.arange(width), indexing="ij"), -1).reshape(-1, 3)
-    # The pose never mixes z with the plane.
-    z = np.rint(pose.to_tomogram(along_z, tile_shape)[:, 0]).astype(int)
-    _, y, x = np.rint(pose.to_tomogram(plane.astype(float), tile_shape)).astype(int).T.reshape(3, 1, height, width)
-    return region.lookup(z[:, None, None], y, x)
-
-
-def render_in_pose(target: HeatmapTarget, pose: Pose, tile_shape: Shape3D) -> NDArray[np.float32]:
-    """Render the ``(C, D, H, W)`` heatmap of a tile in that pose from the particles' exact positions."""
-    return render_heatmap(
-        pose.to_tile(target.centers_zyx_voxel, tile_shape),
-        target.channels,
-        np.asarray(target.sigma_voxel) / pose.scale,
-        tile_shape,
-        len(target.particles),
-    )
 
 
 class EpochSampler(Sampler[int]):

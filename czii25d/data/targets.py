@@ -171,6 +171,27 @@ def create_heatmap_array(
     )
 
 
+def open_heatmap_array(path: Path | str, particles: ParticleSet) -> tuple[zarr.Array, Spacing3D]:
+    """Return what `create_heatmap_array` made, ``(c, z, y, x)``, and its angstrom per voxel along z, y, x.
+
+    Raises
+    ------
+    InputError
+        If it is damaged, or of other particles.
+    """
+    try:
+        attributes: Any = zarr.open_group(str(path), mode="r").attrs.asdict()
+        labels = [channel["label"] for channel in attributes["omero"]["channels"]]
+        [dataset] = attributes["multiscales"][0]["datasets"]
+        _, z, y, x = dataset["coordinateTransformations"][0]["scale"]
+        array = zarr.open_array(f"{path}/0", mode="r")
+    except (OSError, ValueError, KeyError, TypeError, IndexError) as error:
+        raise InputError(path, "heatmaps as OME-Zarr", f"{type(error).__name__}: {error}", "write them again") from None
+    if labels != list(particles.names):
+        raise InputError(path, f"heatmaps of {', '.join(particles.names)}", ", ".join(labels), "write them again")
+    return array, (float(z), float(y), float(x))
+
+
 def _ome_metadata(name: str, particles: ParticleSet, voxel_spacing: Spacing3D) -> dict[str, Any]:
     scale = {"type": "scale", "scale": [1.0, *voxel_spacing]}
     window = {"min": 0, "max": 255, "start": 0, "end": 255}

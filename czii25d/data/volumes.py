@@ -147,9 +147,15 @@ def _normalised(
 ) -> NDArray[np.float32]:
     voxels_f32 = voxels.astype(np.float32)
     if normalization == "global":
-        voxels_f32 *= np.float32(std / GLOBAL_STD)
-        voxels_f32 += np.float32((mean - GLOBAL_MEAN) / GLOBAL_STD)
+        gain, shift = gain_and_shift(mean, std, normalization)
+        voxels_f32 *= np.float32(gain)
+        voxels_f32 += np.float32(shift)
     return voxels_f32
+
+
+def gain_and_shift(mean: float, std: float, normalization: Normalization) -> tuple[float, float]:
+    """Return ``a, b`` that turn stored voxels into normalised ones, ``a x + b``."""
+    return (std / GLOBAL_STD, (mean - GLOBAL_MEAN) / GLOBAL_STD) if normalization == "global" else (1.0, 0.0)
 
 
 def write_volume(

@@ -38,7 +38,8 @@ SPLITS = ("train", "test")
 def create_dataset(cfg: DictConfig) -> list[Volume]:
     """Write ``<paths.output>/volumes/<split>/<run>/`` for every run, and return the volumes.
 
-    A run whose volume was made from the same tomogram, as it is now, is skipped.
+    Those of ``more_reconstructions`` lie in ``<run>/<reconstruction>/`` and are not returned. A run whose volume was
+    made from the same tomogram, as it is now, is skipped.
     """
     keep_freed_memory()  # the next tomogram fits where this one was
     if cfg.mode not in (None, *SPLITS):
@@ -47,37 +48,45 @@ def create_dataset(cfg: DictConfig) -> list[Volume]:
     # The hidden test set is often not there: without a choice, take what is.
     if not cfg.mode and cfg.tomograms is None and (Path(cfg.paths.input) / "test").is_dir():
         splits.append("test")
-    runs = [run for split in splits for run in find_input(cfg, split)]
+    root = Path(cfg.paths.output) / "volumes"
+    found = [(run, run.name, root / run.split / run.name) for split in splits for run in find_input(cfg, split)]
+    runs = len(found)
+    for name in cfg.more_reconstructions if "train" in splits else ():
+        if cfg.tomograms is not None or name == cfg.reconstruction:
+            expected = "other reconstructions in paths.input than the first"
+            raise InputError("key more_reconstructions", expected, str(name), "remove it")
+        found += [
+            (run, f"{run.name} {name}", root / "train" / run.name / name) for run in find_input(cfg, "train", name)
+        ]
     preparation = Preparation(
         cfg.fill_missing_chunks, cfg.contrast, voxel_spacing=spacing_key(cfg.resample_to, "resample_to")
     )
     console = Console(stderr=True)
     rows, volumes = [], []
-    for run in track(runs, "volumes", console=console, transient=True, disable=not console.is_terminal):
+    for run, label, folder in track(found, "volumes", console=console, transient=True, disable=not console.is_terminal):
         begin = time.perf_counter()
-        folder = Path(cfg.paths.output) / "volumes" / run.split / run.name
         volume, made = create_volume(run, folder, preparation, cfg.level)
         volumes.append(volume)
-        rows.append((run, volume, f"{time.perf_counter() - begin:.1f} s" if made else "was there"))
-    width = max(len(run.name) for run in runs)
-    for run, volume, took in rows:
+        rows.append((run.split, label, volume, f"{time.perf_counter() - begin:.1f} s" if made else "was there"))
+    width = max(len(label) for _, label, _ in found)
+    for split, label, volume, took in rows:
         shape, spacing = (
             "x".join(map(str, volume.data.shape)),
             " ".join(f"{side:.3f}" for side in volume.voxel_spacing),
         )
         logger.info(
             "%-5s %-*s  %s voxels of %s angstrom, mean %.4g, std %.4g, %s",
-            *(run.split, width, run.name, shape, spacing, volume.mean, volume.std, took),
+            *(split, width, label, shape, spacing, volume.mean, volume.std, took),
         )
-    return volumes
+    return volumes[:runs]
 
 
-def find_input(cfg: DictConfig, split: str) -> list[Run]:
+def find_input(cfg: DictConfig, split: str, reconstruction: str | None = None) -> list[Run]:
     """Return the runs that ``tomograms``, or else ``paths.input``, holds, with the voxel spacing of the key."""
     spacing = spacing_key(cfg.voxel_spacing, "voxel_spacing")
     if cfg.tomograms is not None:
         return find_tomograms(cfg.tomograms, split, spacing)
-    runs = find_runs(cfg.paths.input, split, cfg.reconstruction, cfg.voxel_spacing_folder)
+    runs = find_runs(cfg.paths.input, split, reconstruction or cfg.reconstruction, cfg.voxel_spacing_folder)
     return [replace(run, voxel_spacing=spacing) for run in runs]
 
 

@@ -52,7 +52,7 @@ logger = logging.getLogger(__name__)
 
 NOT_FOR_THE_CONSTRUCTOR = ("ema", "ema_decay", "ema_warmup", "freeze_backbone_epochs", "resume_path", "compile")
 MAY_CHANGE_ON_RESUME = (
-    *("resume", "paths", "wandb", "trainer", "infer", "hydra", "data.num_workers"),
+    *("resume", "paths", "wandb", "trainer", "infer", "hydra", "data.num_workers", "data.cache"),
     *("model.compile", "save_every_minutes", "keep_best"),
 )
 COMPILE_MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
@@ -197,6 +197,8 @@ def create_data(cfg: DictConfig, particles: ParticleSet) -> TomogramDataModule:
         cfg.data.num_workers,
         cfg.seed,
         regions_key(cfg.regions),
+        cfg.data.cache,
+        list(cfg.data.reconstructions),
     )
 
 

@@ -10,10 +10,10 @@ from typing import Any, Literal
 
 import numpy as np
 import pandas as pd
-import zarr
 from omegaconf import DictConfig
 
 from czii25d.data.predictions import PredictedRun, Predictions, read_predictions
+from czii25d.data.targets import open_heatmap_array
 from czii25d.data.tomogram import open_tomogram
 from czii25d.data.volumes import open_volume
 from czii25d.errors import InputError
@@ -85,7 +85,7 @@ def run_layers(
     layers = [Layer("image", voxels, image)]
     heatmaps = predictions.folder / "heatmaps" / f"{chosen.name}.zarr"
     if heatmaps.is_dir():
-        layers += heatmap_layers(zarr.open_array(heatmaps / "0", mode="r"), spacing, predictions.particles)
+        layers += heatmap_layers(*open_heatmap_array(heatmaps, predictions.particles), predictions.particles)
     if solution is not None and len(truth := solution[solution["run"] == chosen.name]):
         hidden = {"visible": False, "opacity": 0.6}
         layers += point_layers(truth, spacing, predictions.particles, "true ", hidden)

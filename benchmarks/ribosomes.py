@@ -1,0 +1,87 @@
+"""Recall of one particle against the number of picks, beside a Laplacian-of-Gaussian picker; a table and a picture.
+
+python benchmarks/ribosomes.py VOLUME PARTICLES SOLUTION SCORED_PICKS REGIONS [--picture FILE] [--sigma 2.2] [--nms 7]
+
+VOLUME is what 01 made, SOLUTION what 03 wrote for the same REGIONS that 21 picked in. The baseline's scale and distance
+are in voxels; its peaks are cut to the region too.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from czii25d.baseline import blob_response
+from czii25d.data.regions import read_regions
+from czii25d.data.volumes import open_volume
+from czii25d.geometry import zyx_voxel_to_xyz_angstrom
+from czii25d.metrics import match
+from czii25d.particles import load_particles
+from czii25d.peaks import find_peaks
+from czii25d.picks import read_picks_csv
+
+SHARES = (0.5, 1, 1.5, 2, 3)  # picks per annotated particle
+
+
+def find_baseline(volume: np.ndarray, spacing: tuple[float, ...], sigma: float, nms: float) -> pd.DataFrame:
+    """Return all maxima of the Laplacian of a Gaussian, with their response as score."""
+    response = blob_response(volume, sigma * spacing[0], spacing)
+    [(centers, scores)] = find_peaks(response[None], np.array([[nms] * 3]), 0.0)
+    return pd.DataFrame(zyx_voxel_to_xyz_angstrom(centers, spacing), columns=["x", "y", "z"]).assign(score=scores)
+
+
+def main() -> None:
+    """Print the table; draw the picture."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for name in ("volume", "particles", "solution", "scored_picks", "regions"):
+        parser.add_argument(name, type=Path)
+    parser.add_argument("--picture", type=Path)
+    parser.add_argument("--sigma", type=float, default=2.2, help="voxels")
+    parser.add_argument("--nms", type=float, default=7.0, help="voxels between peaks")
+    arguments = parser.parse_args()
+    particles = load_particles(arguments.particles)
+    [particle] = particles
+    volume = open_volume(arguments.volume)
+    truth = read_picks_csv(arguments.solution)
+    truth = truth[truth["run"] == volume.name]
+    picks = read_picks_csv(arguments.scored_picks, scored=True)
+    baseline = find_baseline(volume.planes(0, volume.shape[0]), volume.voxel_spacing, arguments.sigma, arguments.nms)
+    baseline = baseline.assign(run=volume.name, particle=particle.name)
+    selection = read_regions(arguments.regions).select(volume.name, volume.shape, volume.voxel_spacing)
+    if selection is not None:
+        baseline, _ = selection.keep(baseline)
+    print(f"{len(truth)} annotated; a hit lies within {particle.radius / 2:g} angstrom\n")
+    print(f"| picks | {' | '.join(f'{share:g} × annotated' for share in SHARES)} |\n|{'---|' * (len(SHARES) + 1)}")
+    curves = {}
+    for name, found in (("network", picks), ("Laplacian of Gaussian", baseline)):
+        matches = match(truth, found, particles)[particle.name][volume.name]
+        best_first = matches.scores[::-1]
+        counts = [matches.count(score) for score in best_first]
+        curves[name] = np.array([(picked, hits / references) for references, picked, hits in counts])
+        at = [curves[name][min(round(share * len(truth)), len(counts)) - 1, 1] for share in SHARES]
+        print(f"| {name}, recall | {' | '.join(f'{recall:.3f}' for recall in at)} |")
+    if arguments.picture:
+        draw(curves, len(truth), arguments.picture)
+
+
+def draw(curves: dict[str, np.ndarray], annotated: int, path: Path) -> None:
+    """Draw recall against the number of picks."""
+    from matplotlib.figure import Figure
+
+    figure = Figure((5.2, 3.2), layout="constrained")
+    ax = figure.subplots()
+    for (name, curve), (color, style) in zip(curves.items(), (("#009E73", "-"), ("#555555", "--")), strict=True):
+        ax.plot(*curve.T, style, color=color, lw=2, label=name)
+    ax.axvline(2 * annotated, color="0.7", lw=1)
+    ax.text(2 * annotated, 0.02, " twice the annotated", fontsize=8, color="0.35")
+    ax.set(xlim=(0, 3.5 * annotated), ylim=(0, 1.02), xlabel="picks, best first", ylabel="recall of the annotated")
+    ax.spines[["top", "right"]].set_visible(False)
+    ax.legend(frameon=False, loc="lower right", bbox_to_anchor=(1, 0.1))
+    figure.savefig(path, dpi=200)
+
+
+if __name__ == "__main__":
+    main()

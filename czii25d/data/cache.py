@@ -1,0 +1,83 @@
+"""Where the training volumes lie while tiles are cut from them: on the device, in memory, or on disk."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Sequence
+from typing import Literal, get_args
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from czii25d.data.volumes import Volume
+from czii25d.errors import InputError
+
+Cache = Literal["auto", "device", "host", "disk"]
+DEVICE_SHARE = 0.25  # of a GPU's free memory that volumes may take; the rest is the training's
+HOST_SHARE = 0.5  # of the machine's memory
+
+
+def choose_cache(wanted: Cache, size: int, free_on_gpu: int | None, host_memory: int) -> tuple[Cache, str | None]:
+    """Choose where volumes lie, and say in one line why it is not the best place.
+
+    Parameters
+    ----------
+    wanted
+        ``"auto"``: on a GPU if there is one and they take at most a quarter of its free memory, or else in the
+        machine's if they take at most half of it, or else on disk. Without a GPU: on disk, whose pages the system
+        keeps in memory once for all processes. Any other value is what is chosen.
+    size
+        Bytes of all volumes.
+    free_on_gpu
+        Bytes; ``None`` without a GPU.
+    host_memory
+        Bytes of the machine.
+
+    Returns
+    -------
+    cache, why
+        Not ``"auto"``.
+
+    Raises
+    ------
+    InputError
+        If there is no such place, or ``"device"`` is wanted and the volumes do not fit there.
+    """
+    if wanted not in get_args(Cache):
+        raise InputError("key data.cache", f"one of {', '.join(get_args(Cache))}", repr(wanted), "choose one")
+    fits_gpu = free_on_gpu is not None and size <= DEVICE_SHARE * free_on_gpu
+    if wanted == "device" and free_on_gpu is not None and size > free_on_gpu:
+        raise InputError(
+            "key data.cache",
+            f"{size / 1e9:.1f} GB free on the device for the volumes",
+            f"{free_on_gpu / 1e9:.1f} GB",
+            "set data.cache=host, or auto",
+        )
+    if wanted != "auto":
+        return wanted, None
+    if free_on_gpu is None:
+        return "disk", None
+    if fits_gpu:
+        return "device", None
+    why = (
+        f"the volumes ({size / 1e9:.1f} GB) would take more than a quarter of the GPU's free memory"
+        f" ({free_on_gpu / 1e9:.1f} GB)"
+    )
+    return ("host", why) if size <= HOST_SHARE * host_memory else ("disk", f"{why} and half of the machine's")
+
+
+def load_volumes(volumes: Sequence[Volume], cache: Cache, device: torch.device) -> list[Tensor]:
+    """Return volumes as float16 tensors ``(D, H, W)``: on the device, in memory, or as they are mapped from disk."""
+    if cache == "host" or (cache == "device" and device.type == "cpu"):
+        return [torch.from_numpy(np.array(volume.data)) for volume in volumes]
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*not writable")  # nobody writes into them
+        mapped = [torch.from_numpy(volume.data) for volume in volumes]
+    return [volume.to(device) for volume in mapped] if cache == "device" else mapped
+
+
+def host_memory() -> int:
+    """Return the bytes of this machine's memory."""
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
