@@ -29,6 +29,7 @@ SCRIPTS = [
     "02_create_mask.py",
     "03_create_solution.py",
     "11_train.py",
+    "13_soup.py",
     "21_predict.py",
     "22_score.py",
     "23_report.py",

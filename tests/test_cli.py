@@ -91,7 +91,7 @@ def test_the_table_says_of_a_command_what_its_script_does(name: str) -> None:
 
 def test_every_script_is_a_command() -> None:
     scripts = {path.name for pattern in ("[0-9][0-9]_*.py", "export_*.py") for path in PROJECT.glob(pattern)}
-    assert len(scripts) == 10 and scripts == {each.script for each in COMMANDS.values() if "-m" not in each.script}
+    assert len(scripts) == 11 and scripts == {each.script for each in COMMANDS.values() if "-m" not in each.script}
 
 
 @pytest.mark.parametrize("name", ["phantom", "convert", "view"])

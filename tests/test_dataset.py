@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import pickle
 import shutil
 from dataclasses import replace
@@ -14,7 +15,7 @@ from lightning.pytorch.plugins import MixedPrecision
 
 from czii25d.data.augment import Augmentation
 from czii25d.data.cache import choose_cache, load_volumes
-from czii25d.data.datamodule import TomogramDataModule, split_runs
+from czii25d.data.datamodule import TomogramDataModule, check_classes, split_runs
 from czii25d.data.dataset import EpochSampler, Sampling, TileDataset
 from czii25d.data.targets import HeatmapTarget, open_target
 from czii25d.data.tiles import TileBatch, make_tiles
@@ -348,3 +349,23 @@ def test_class_count_that_differs_from_02_is_refused(prepared_dir: Path) -> None
 def test_missing_steps_name_the_script(prepared_dir: Path) -> None:
     with pytest.raises(InputError, match=r"01_create_dataset\.py"):
         make_module(prepared_dir, train_runs=("TS_nowhere",))
+
+
+def test_particles_without_picks_are_an_error_or_a_warning(opened, caplog: pytest.LogCaptureFixture) -> None:
+    _, targets = opened
+    particles = load_particles()
+    ribosome = particles.names.index("ribosome")
+
+    def without(target: HeatmapTarget) -> HeatmapTarget:
+        keep = target.channels != ribosome
+        return replace(target, centers_zyx_voxel=target.centers_zyx_voxel[keep], channels=target.channels[keep])
+
+    bare = [without(target) for target in targets]
+    with pytest.raises(InputError, match=r"picks of each of the 6 particles, found none of ribosome in any run"):
+        check_classes(bare[:2], bare[2:], particles)
+    logging.getLogger("czii25d").propagate = True
+    check_classes(bare[:2], targets[2:], particles)
+    assert "no training run has picks of ribosome" in caplog.text
+    caplog.clear()
+    check_classes(targets[:1], bare[1:], particles)
+    assert not caplog.text

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import signal
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -65,6 +66,8 @@ def split_runs(
         held_out = [fold_id]
     else:
         held_out = list(fold_id) if isinstance(fold_id, Sequence) else [str(fold_id)]
+    if len(set(held_out)) != len(held_out):
+        raise InputError("key data.fold_id", "each run once", ", ".join(map(str, held_out)), "remove the repetition")
     for name in held_out:
         if name not in names:
             hint = did_you_mean(str(name), names)
@@ -125,6 +128,7 @@ class TomogramDataModule(L.LightningDataModule):
             raise InputError("key data.num_workers", "at least 0", str(num_workers), "raise it")
         self.batch_size, self.num_workers, self.seed, self.cache = batch_size, num_workers, seed, cache
         self._on_device: list[Tensor] = []
+        self._epoch, self._batch = 0, 0  # where a resumed training stands
 
         def open_runs(names: Sequence[str]) -> list[tuple[Volume, HeatmapTarget]]:
             return [
@@ -144,6 +148,7 @@ class TomogramDataModule(L.LightningDataModule):
                     f"{target.shape}",
                     "run 02_create_mask.py again",
                 )
+        check_classes([target for _, target in train], [target for _, target in self.held_out], particles)
         selections = [
             None if regions is None else regions.select(volume.name, volume.shape, volume.voxel_spacing)
             for volume, _ in (*train, *self.held_out)
@@ -201,6 +206,48 @@ class TomogramDataModule(L.LightningDataModule):
         """Make the tiles of a training batch on the device that it has come to."""
         return make_tiles(batch, self._on_device) if isinstance(batch, TileBatch) else batch
 
+    def state_dict(self) -> dict[str, Any]:
+        """Return which batch of which epoch comes next, and of what data."""
+        if self.trainer is None:
+            return {}
+        epoch, batch = self.trainer.current_epoch, self.trainer.fit_loop.epoch_loop.batch_progress.current.completed
+        if batch >= self.trainer.num_training_batches:
+            epoch, batch = epoch + 1, 0
+        return {"epoch": epoch, "batch": batch, "world_size": self.trainer.world_size, **self._contents()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on where a checkpoint stands.
+
+        Raises
+        ------
+        InputError
+            If it was trained on other runs, or stands within an epoch that another number of processes shared.
+        """
+        for key, value in self._contents().items():
+            if state_dict.get(key, value) != value:
+                raise InputError(
+                    "resume",
+                    f"the {key} of the interrupted training, {_listed(state_dict[key])}",
+                    _listed(value),
+                    "choose another wandb.name, restore the data, or start over with resume=false",
+                )
+        world_size = self.trainer.world_size if self.trainer else 1
+        if state_dict["batch"] and state_dict["world_size"] != world_size:
+            raise InputError(
+                "key trainer.devices",
+                f"{state_dict['world_size']} processes, which share the epoch that was interrupted",
+                str(world_size),
+                "restore it until the epoch has ended",
+            )
+        self._epoch, self._batch = state_dict["epoch"], state_dict["batch"]
+
+    def _contents(self) -> dict[str, Any]:
+        return {
+            "training runs": [target.run for target in self.dataset.targets],
+            "held-out runs": [target.run for _, target in self.held_out],
+            "number of samples": len(self.dataset),
+        }
+
     def train_dataloader(self) -> DataLoader:
         """Return the loader of batches, `on_after_batch_transfer` makes images and heatmaps of them.
 
@@ -208,11 +255,15 @@ class TomogramDataModule(L.LightningDataModule):
         """
         world_size = self.trainer.world_size if self.trainer else 1
         rank = self.trainer.global_rank if self.trainer else 0
+        sampler = EpochSampler(
+            len(self.dataset), self.seed, rank, world_size, self._epoch, self._batch * self.batch_size
+        )
         return DataLoader(
             self.dataset,
             batch_size=self.batch_size,
-            sampler=EpochSampler(len(self.dataset), self.seed, rank, world_size),
+            sampler=sampler,
             num_workers=self.num_workers,
+            worker_init_fn=leave_signals_to_the_trainer,
             collate_fn=_as_it_is,
             persistent_workers=self.num_workers > 0,
             pin_memory=self.trainer is not None and self.trainer.accelerator.__class__.__name__ == "CUDAAccelerator",
@@ -220,12 +271,44 @@ class TomogramDataModule(L.LightningDataModule):
         )
 
     def val_dataloader(self) -> DataLoader | list:
-        """Return a loader of positions in ``held_out``, one whole tomogram each, dealt out to the processes."""
+        """Return a loader of positions in ``held_out``, one whole tomogram each, dealt out to the processes.
+
+        Every process gets equally many; -1 stands for none.
+        """
         world_size = self.trainer.world_size if self.trainer else 1
         rank = self.trainer.global_rank if self.trainer else 0
-        mine = range(len(self.held_out))[rank::world_size]
-        positions: Any = list(mine)
+        mine = list(range(len(self.held_out)))[rank::world_size]
+        positions: Any = mine + [-1] * (-(-len(self.held_out) // world_size) - len(mine))
         return DataLoader(positions, batch_size=None) if self.held_out else []
+
+
+def check_classes(train: Sequence[HeatmapTarget], held_out: Sequence[HeatmapTarget], particles: ParticleSet) -> None:
+    """Refuse particles without a pick in any run, and warn of those that only held-out runs have."""
+
+    def names_in(targets: Sequence[HeatmapTarget]) -> set[str]:
+        return {particles.names[int(channel)] for target in targets for channel in target.channels}
+
+    absent = [name for name in particles.names if name not in names_in([*train, *held_out])]
+    if absent:
+        raise InputError(
+            "training data",
+            f"picks of each of the {len(particles)} particles",
+            f"none of {', '.join(absent)} in any run",
+            "add runs that have them, or leave them out of the particles and run 02_create_mask.py again",
+        )
+    unseen = [name for name in particles.names if name not in names_in(train)]
+    if unseen:
+        logger.warning("no training run has picks of %s: this fold cannot learn them", ", ".join(unseen))
+
+
+def leave_signals_to_the_trainer(worker: int) -> None:
+    """Let a worker live on when the whole job is told to end: the trainer still needs its step's batch."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
+        signal.signal(number, signal.SIG_IGN)
+
+
+def _listed(value: Any) -> str:
+    return ", ".join(value) or "none" if isinstance(value, list) else str(value)
 
 
 def _open_other(volume: Volume, reconstruction: str, folder: Path) -> Volume:

@@ -244,20 +244,34 @@ class EpochSampler(Sampler[int]):
 
     Lightning calls `set_epoch`. Every process gets equally many items: up to ``world_size - 1`` at the end of
     the shuffled order are left out of an epoch.
+
+    Parameters
+    ----------
+    length, seed
+        Number of items of an epoch, and what its order is drawn from, together with the epoch.
+    rank, world_size
+        Which process of how many this is.
+    epoch, done
+        Where a resumed training stands: in that epoch, the first ``done`` items of this process are left out. Known
+        from the start because loaders with workers ask for items before Lightning calls `set_epoch`.
     """
 
-    def __init__(self, length: int, seed: int = 0, rank: int = 0, world_size: int = 1) -> None:
+    def __init__(
+        self, length: int, seed: int = 0, rank: int = 0, world_size: int = 1, epoch: int = 0, done: int = 0
+    ) -> None:
         self.length, self.seed, self.rank, self.world_size = length, seed, rank, world_size
-        self.epoch = 0
+        self.epoch, self._resumed_epoch, self._done = epoch, epoch, done
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the epoch whose order comes next."""
         self.epoch = epoch
 
     def __len__(self) -> int:
+        """Return the items of a whole epoch, also of the one that is resumed: batches keep their numbers."""
         return self.length // self.world_size
 
     def __iter__(self) -> Iterator[int]:
         order = np.random.default_rng((self.seed, self.epoch)).permutation(self.length)
         share = order[self.rank : len(self) * self.world_size : self.world_size]
-        return iter((self.epoch * self.length + share).tolist())
+        remaining = share[self._done if self.epoch == self._resumed_epoch else 0 :]
+        return iter((self.epoch * self.length + remaining).tolist())

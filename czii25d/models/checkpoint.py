@@ -9,7 +9,7 @@ import pickletools
 import re
 import warnings
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from importlib.metadata import version
 from numbers import Real
@@ -32,6 +32,7 @@ CARD_KEY = "czii25d"
 ADDED = {"contrast"}  # fields that the cards of earlier versions lack
 WEIGHT_PREFIXES = ("model_ema.module.", "model.", "")  # the average first: it is what was judged
 SHAPING_KEYS = ("arch", "backbone", "in_channels", "class_num", "decoder_channels")
+HEAD_PREFIX = "segmentation_head."  # its channels are class by class
 NEEDED_KEYS = ("backbone", "in_channels", "class_num")
 _PRETRAINED_KEYS = ("pretrained", "pretrained_path")
 
@@ -175,6 +176,34 @@ def save_weights(path: Path | str, model: nn.Module, card: ModelCard) -> None:
         safetensors.torch.save_file(tensors, partial, {CARD_KEY: json.dumps(card.to_dict())})
 
 
+def copy_weights(
+    source: nn.Module, source_names: Sequence[str], target: nn.Module, target_names: Sequence[str]
+) -> list[str]:
+    """Copy all weights of one network into another of the same architecture that may find other particles.
+
+    Parameters
+    ----------
+    source, target
+        Networks that differ at most in ``class_num``.
+    source_names, target_names
+        Their particles in the order of their channels.
+
+    Returns
+    -------
+    kept
+        Particles of the target that have got the source's head; the other heads stay as they are.
+    """
+    state, own = source.state_dict(), target.state_dict()
+    kept = [name for name in target_names if name in source_names]
+    for key in (key for key in own if key.startswith(HEAD_PREFIX)):
+        heads, new = state[key].unflatten(0, (len(source_names), -1)), own[key].clone()
+        for name in kept:
+            new.unflatten(0, (len(target_names), -1))[target_names.index(name)] = heads[source_names.index(name)]
+        state[key] = new
+    target.load_state_dict(state)
+    return kept
+
+
 def read_card(path: Path | str) -> ModelCard | None:
     """Return the card in a file without building its network; ``None``: it has none. Raises as `load_checkpoint`."""
     values = _read(Path(path))[1]
@@ -262,7 +291,7 @@ def _comparable(key: str, value: Any) -> Any:
 
 def _load_strictly(path: Path, model: nn.Module, state: Mapping[str, Tensor], class_num: int) -> None:
     own = model.state_dict()
-    head = "segmentation_head.weight"
+    head = f"{HEAD_PREFIX}weight"
     if head in own and head in state and (channels := len(state[head])) != len(own[head]):
         voxels = len(own[head]) // class_num
         raise InputError(

@@ -14,8 +14,10 @@ from typing import TYPE_CHECKING, Any
 import hydra
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
+from hydra.core.hydra_config import HydraConfig
 from hydra.core.utils import JobRuntime
 from hydra.errors import HydraException
+from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from rich.console import Console
@@ -32,6 +34,7 @@ RUNS_AS_WORDS = ("view",)  # configurations whose runs may be given as words of 
 NUMBER_OR_NAME = ("data.fold_id", "trainer.precision", "trainer.devices")  # number by default, text allowed
 OWN_PARTICLES = "own"  # what Hydra calls the table of particles=FILE
 INPUT_ERROR, INTERRUPTED = 2, 130
+MENDABLE = (InputError, HydraException, OmegaConfBaseException, OSError)  # by the user, who is told in one line
 
 
 def run(
@@ -64,7 +67,7 @@ def run(
     with one_line_errors(config_name):
         sys.argv = [program[0], *with_own_particles(overrides)]  # where Hydra reads them
         decorate = hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name=config_name)
-        decorate(_Checked(function, config_name, (*program, *overrides)))()
+        decorate(_Checked(function, config_name, program))()
 
 
 @contextmanager
@@ -72,7 +75,7 @@ def one_line_errors(config_name: str) -> Iterator[None]:
     """Print what the user can mend as one line and exit; let everything else through."""
     try:
         yield
-    except (InputError, HydraException, OmegaConfBaseException, OSError) as error:
+    except MENDABLE as error:
         if os.environ.get("CZII25D_TRACEBACK"):
             raise
         Console(stderr=True, soft_wrap=True, highlight=False).print(
@@ -87,16 +90,22 @@ def one_line_errors(config_name: str) -> Iterator[None]:
 class _Checked:
     """The pipeline function behind a check of the types of overridden values; picklable for Hydra's launchers."""
 
-    def __init__(self, function: Callable[[DictConfig], Any], config_name: str, command: Sequence[str]) -> None:
-        self.function, self.config_name, self.command = function, config_name, command
+    def __init__(self, function: Callable[[DictConfig], Any], config_name: str, program: Sequence[str]) -> None:
+        self.function, self.config_name, self.program = function, config_name, program
         self.__module__ = function.__module__  # Hydra asks where the task function lives
 
     def __call__(self, cfg: DictConfig) -> Any:
-        sys.argv = list(self.command)  # Lightning starts the other processes of a training with these words
+        # Lightning starts the other processes of a training with these words: those of this job, not of its sweep.
+        sys.argv = [*self.program, *HydraConfig.get().overrides.task]
         set_up_logging()  # once more: a launcher may have started a fresh process
+        if HydraConfig.get().mode == RunMode.MULTIRUN:  # the other jobs go on; at the end the sweep fails
+            return self._work(cfg)
         with one_line_errors(self.config_name):  # here, before Hydra adds lines of its own
-            check_value_types(cfg, load_config(self.config_name))
-            return self.function(cfg)
+            return self._work(cfg)
+
+    def _work(self, cfg: DictConfig) -> Any:
+        check_value_types(cfg, load_config(self.config_name))
+        return self.function(cfg)
 
 
 def translate_flags(argv: Sequence[str]) -> list[str]:

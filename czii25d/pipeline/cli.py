@@ -73,6 +73,12 @@ COMMANDS = {  # in the order of use
         "12_fit_thresholds.py",
         "Fit thresholds out of fold, judge them on runs they have not seen, and store them in the checkpoints.",
     ),
+    "soup": Command(
+        "soup",
+        "soup:make_soup",
+        "13_soup.py",
+        "Average the weights of several checkpoints into one network (a model soup), written as safetensors.",
+    ),
     "predict": Command(
         "predict",
         "predict:predict",

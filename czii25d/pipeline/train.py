@@ -8,6 +8,7 @@ import netrc
 import os
 import shutil
 import sys
+import time
 import warnings
 from functools import partial
 from importlib.metadata import version
@@ -21,6 +22,7 @@ from lightning.pytorch.loggers import Logger, WandbLogger
 from omegaconf import DictConfig, OmegaConf
 from timm.optim._optim_factory import create_optimizer_v2, list_optimizers
 from timm.scheduler.scheduler_factory import create_scheduler_v2
+from torch import nn
 
 from czii25d.data.augment import Augmentation
 from czii25d.data.datamodule import TomogramDataModule, split_runs
@@ -30,29 +32,49 @@ from czii25d.files import write_aside
 from czii25d.geometry import Shape3D
 from czii25d.losses import Mixer, create_loss, on_labelled
 from czii25d.models import create_model
-from czii25d.models.checkpoint import ModelCard, load_checkpoint
+from czii25d.models.checkpoint import SHAPING_KEYS, ModelCard, copy_weights, load_checkpoint, read_card
 from czii25d.particles import ParticleSet
 from czii25d.pipeline.app import keep_freed_memory, load_config
 from czii25d.pipeline.members import inference_options
 from czii25d.pipeline.regions import regions_key
 from czii25d.pipeline.report import write_report
-from czii25d.training.callbacks import EpochLog, HeldOutPicks, StopWhenNotFinite
+from czii25d.training.callbacks import (
+    EndTogether,
+    EpochLog,
+    HeldOutPicks,
+    LastCheckpoint,
+    TopCheckpoints,
+    WholeFiles,
+)
 from czii25d.training.module import HeatmapModule
 
 logger = logging.getLogger(__name__)
 
-NOT_FOR_THE_CONSTRUCTOR = ("ema", "ema_decay", "ema_warmup", "freeze_backbone_epochs", "resume_path")
-MAY_CHANGE_ON_RESUME = ("resume", "paths", "wandb", "trainer", "infer", "hydra", "data.num_workers", "data.cache")
+NOT_FOR_THE_CONSTRUCTOR = ("ema", "ema_decay", "ema_warmup", "freeze_backbone_epochs", "resume_path", "compile")
+MAY_CHANGE_ON_RESUME = (
+    *("resume", "paths", "wandb", "trainer", "infer", "hydra", "data.num_workers", "data.cache"),
+    *("model.compile", "save_every_minutes", "keep_best"),
+)
+COMPILE_MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
+SET_BY_LIGHTNING = ("LOCAL_RANK", "NODE_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "PL_GLOBAL_SEED")
 BEST_BY = ("fbeta_ranked", "fbeta", "fbeta_fixed")  # as `HeatmapModule` logs them, under val/
 SCHEDULES = ("cosine", "tanh", "step", "poly")
 
 
-def train(cfg: DictConfig) -> dict[str, float]:
-    """Train one fold, or on every run, and return the last metrics.
+def train(cfg: DictConfig) -> float | None:
+    """Train one fold, or on every run, and return the score of ``best.ckpt``, which a sweep can maximise.
 
     Leaves ``best.ckpt`` (highest ``val/<best_by>`` of the held-out runs), ``last.ckpt``, ``config.yaml``,
-    ``metrics.csv`` and ``held_out/``, the last validation's picks, in ``<paths.saved_models>/<wandb.name>/``.
+    ``metrics.csv`` and ``held_out/``, the last validation's picks, in ``<paths.saved_models>/<wandb.name>/``. Told to
+    end by a signal, it saves and exits, see `czii25d.training.callbacks.LastCheckpoint`.
+
+    Returns
+    -------
+    score
+        The highest ``val/<best_by>``; ``None`` when nothing was held out or validated.
     """
+    if os.environ.get("LOCAL_RANK", "0") != "0":
+        logging.getLogger("czii25d").setLevel(logging.WARNING)  # the first process speaks for all
     folder = Path(cfg.paths.saved_models) / cfg.wandb.name
     checkpoint = find_checkpoint(cfg, folder)
     L.seed_everything(cfg.seed, workers=True, verbose=False)
@@ -62,7 +84,8 @@ def train(cfg: DictConfig) -> dict[str, float]:
     trained, held_out = [v.name for v in data.dataset.volumes], [volume.name for volume, _ in data.held_out]
     module = create_module(cfg, data, particles)
     logger.info("%s: training on %s; held out: %s", cfg.wandb.name, ", ".join(trained), ", ".join(held_out) or "none")
-    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)  # no news of devices and advertisements
+    for name in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.WARNING)  # no news of devices and advertisements
     trainer = create_trainer(cfg, folder, judged=bool(held_out))
     if trainer.strategy.root_device.type == "cpu":
         keep_freed_memory()
@@ -71,22 +94,55 @@ def train(cfg: DictConfig) -> dict[str, float]:
             shutil.rmtree(folder)
         with write_aside(folder / "config.yaml") as config:
             OmegaConf.save(cfg, config, resolve=True)
+    fit(trainer, module, data, checkpoint)
+    best = getattr(trainer.checkpoint_callback, "best_model_score", None)  # of the first of them, `judged`
+    score = None if best is None else float(best)
+    if score is not None and trainer.is_global_zero:
+        logger.info("best val/%s of the held-out runs: %.4f; checkpoints in %s", cfg.best_by, score, folder)
+    if isinstance(trainer.logger, WandbLogger) and trainer.is_global_zero and not cfg.trainer.fast_dev_run:
+        show_on_wandb(cfg, folder, trainer.logger)
+    return score
+
+
+def fit(trainer: L.Trainer, module: HeatmapModule, data: TomogramDataModule, checkpoint: str | None) -> None:
+    """Run the training, and leave a process that can run another one."""
+    environment = {key: os.environ.get(key) for key in SET_BY_LIGHTNING}
+    # A checkpoint may come from elsewhere: never run what it says.
+    safe = {"weights_only": True} if "weights_only" in inspect.signature(trainer.fit).parameters else {}
     with warnings.catch_warnings():
         # Lightning advises on workers and logging intervals; what matters of it is in our keys' comments.
         warnings.filterwarnings("ignore", module=r"lightning\..*")
-        # A checkpoint may come from elsewhere: never run what it says.
-        safe = {"weights_only": True} if "weights_only" in inspect.signature(trainer.fit).parameters else {}
-        trainer.fit(module, datamodule=data, ckpt_path=checkpoint, **safe)
+        warnings.filterwarnings("ignore", "Grad strides do not match")  # of depthwise weights, with several processes
+        try:
+            trainer.fit(module, datamodule=data, ckpt_path=checkpoint, **safe)
+        except RuntimeError as error:
+            if trainer.world_size == 1 or not is_lost_connection(error):
+                raise
+            time.sleep(2)  # the process that started the others says what has happened, and ends them
+            raise InputError(
+                f"process {trainer.global_rank} of {trainer.world_size}",
+                "a connection to the other processes of the training",
+                "none any more",
+                "see why the first of them ended, and start the same command again to go on",
+            ) from error
+        except SystemExit as error:
+            if isinstance(error.__context__, KeyboardInterrupt):  # how Lightning answers to Ctrl-C
+                raise KeyboardInterrupt from None
+            raise
     if trainer.interrupted:
         raise KeyboardInterrupt
-    metrics = {key: float(value) for key, value in trainer.callback_metrics.items()}
-    if "val/fbeta" in metrics and trainer.is_global_zero:
-        best = getattr(trainer.checkpoint_callback, "best_model_score", None)
-        shown = metrics[f"val/{cfg.best_by}"] if best is None else float(best)
-        logger.info("best val/%s of the held-out runs: %.4f; checkpoints in %s", cfg.best_by, shown, folder)
-    if isinstance(trainer.logger, WandbLogger) and trainer.is_global_zero and not cfg.trainer.fast_dev_run:
-        show_on_wandb(cfg, folder, trainer.logger)
-    return metrics
+    if trainer.world_size > 1 and torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+        for process in getattr(trainer.strategy.launcher, "procs", []):
+            process.wait()
+        for key, value in environment.items():  # else the next training of a sweep waits for processes long gone
+            os.environ.pop(key, None)
+            os.environ.update({key: value} if value is not None else {})
+
+
+def is_lost_connection(error: RuntimeError) -> bool:
+    """Tell whether a collective operation failed because another process is gone."""
+    return isinstance(error, torch.distributed.DistError) or "gloo" in str(error) or "closed by peer" in str(error)
 
 
 def show_on_wandb(cfg: DictConfig, folder: Path, wandb: WandbLogger) -> None:
@@ -106,6 +162,13 @@ def check_before_work(cfg: DictConfig) -> None:
         raise InputError("key scheduler.sched", f"one of {', '.join(SCHEDULES)}", cfg.scheduler.sched, "choose one")
     if cfg.best_by not in BEST_BY:
         raise InputError("key best_by", f"one of {', '.join(BEST_BY)}", str(cfg.best_by), "choose one")
+    if cfg.save_every_minutes is not None and cfg.save_every_minutes < 0:
+        raise InputError("key save_every_minutes", "at least 0, or null", str(cfg.save_every_minutes), "correct it")
+    if not isinstance(cfg.keep_best, int) or cfg.keep_best < 0:
+        raise InputError("key keep_best", "a number of checkpoints, 0 for none", str(cfg.keep_best), "correct it")
+    if cfg.model.compile not in (False, True, *COMPILE_MODES):
+        modes = ", ".join(COMPILE_MODES)
+        raise InputError("key model.compile", f"false, true, {modes}", str(cfg.model.compile), "choose one")
 
 
 def create_data(cfg: DictConfig, particles: ParticleSet) -> TomogramDataModule:
@@ -154,10 +217,7 @@ def create_module(cfg: DictConfig, data: TomogramDataModule, particles: Particle
     model_kwargs["class_num"] = len(particles)
     model = create_model(**model_kwargs)
     if cfg.model.resume_path:
-        weights, _ = load_checkpoint(
-            cfg.model.resume_path, **{k: v for k, v in model_kwargs.items() if "pretrained" not in k}
-        )
-        model.load_state_dict(weights.state_dict())
+        start_from(cfg.model.resume_path, model, particles, model_kwargs)
     card = ModelCard(
         model={key: value for key, value in model_kwargs.items() if "pretrained" not in key},
         particles=particles.to_config(),
@@ -183,8 +243,24 @@ def create_module(cfg: DictConfig, data: TomogramDataModule, particles: Particle
         ema_warmup=cfg.model.ema_warmup,
         freeze_backbone_epochs=cfg.model.freeze_backbone_epochs,
         seed=cfg.seed,
+        compile_mode={False: None, True: "default"}.get(cfg.model.compile, cfg.model.compile),
         selections=data.held_out_selections,
     )
+
+
+def start_from(path: str, model: nn.Module, particles: ParticleSet, model_kwargs: dict[str, Any]) -> None:
+    """Give a new network the weights of a checkpoint, and its heads to the particles of the same names."""
+    kwargs = {key: value for key, value in model_kwargs.items() if "pretrained" not in key}
+    if read_card(path) is not None:
+        kwargs.pop("class_num")  # may be another one, as names tell which head is whose
+    trained, card = load_checkpoint(path, **kwargs)
+    kept = copy_weights(trained, list(card.particles), model, particles.names)
+    fresh = [name for name in particles.names if name not in kept]
+    dropped = [name for name in card.particles if name not in kept]
+    said = [f"heads kept: {', '.join(kept) or 'none'}"]
+    said += [f"new: {', '.join(fresh)}"] if fresh else []
+    said += [f"dropped: {', '.join(dropped)}"] if dropped else []
+    logger.info("starting from the weights of %s; %s", path, "; ".join(said))
 
 
 def optimizer_factory(cfg: DictConfig) -> Any:
@@ -200,7 +276,9 @@ def optimizer_factory(cfg: DictConfig) -> Any:
         )
     if cfg.opt.lr <= 0:
         raise InputError("key opt.lr", "a learning rate above 0", str(cfg.opt.lr), "raise it")
-    fused: Any = {"fused": True} if name in ("adam", "adamw") else {}  # one pass over the weights instead of many
+    # One pass over the weights instead of many; with fp16 Lightning cannot clip gradients that it unscales.
+    clips_fp16 = cfg.trainer.gradient_clip_val and str(cfg.trainer.precision) in ("16", "16-mixed")
+    fused: Any = {"fused": True} if name in ("adam", "adamw") and not clips_fp16 else {}
     return partial(create_optimizer_v2, opt=name, lr=cfg.opt.lr, weight_decay=cfg.opt.weight_decay, **fused)
 
 
@@ -230,27 +308,31 @@ def create_trainer(cfg: DictConfig, folder: Path, judged: bool) -> L.Trainer:
         arguments["devices"] = 1
     terminal = sys.stderr.isatty() and arguments["enable_progress_bar"]
     arguments["enable_progress_bar"] = terminal
-    callbacks: list[Callback] = [EpochLog(folder / "metrics.csv"), StopWhenNotFinite()]
+    callbacks: list[Callback] = [EpochLog(folder / "metrics.csv"), EndTogether()]
     if terminal:
         callbacks.append(RichProgressBar())
     if judged and not cfg.trainer.fast_dev_run:
         callbacks.append(HeldOutPicks(folder / "held_out"))
     if judged:
-        callbacks.append(
-            ModelCheckpoint(
-                folder,
-                "best",
-                monitor=f"val/{cfg.best_by}",
-                mode="max",
-                auto_insert_metric_name=False,
-                enable_version_counter=False,
+        chosen: dict[str, Any] = {
+            "monitor": f"val/{cfg.best_by}",
+            "mode": "max",
+            "auto_insert_metric_name": False,
+            "enable_version_counter": False,
+        }
+        callbacks.append(ModelCheckpoint(folder, "best", **chosen))
+        if cfg.keep_best:
+            callbacks.append(
+                TopCheckpoints(
+                    folder / "top", "epoch{epoch:04d}", save_top_k=cfg.keep_best, save_weights_only=True, **chosen
+                )
             )
-        )
-    callbacks.append(ModelCheckpoint(folder, "last", save_on_train_epoch_end=True, enable_version_counter=False))
+    callbacks.append(LastCheckpoint(folder / "last.ckpt", cfg.save_every_minutes))
     try:
         return L.Trainer(
             **arguments,
             callbacks=callbacks,
+            plugins=[WholeFiles()],
             logger=create_logger(cfg),
             enable_model_summary=False,
             use_distributed_sampler=False,  # EpochSampler and the validation loader deal out the samples themselves
@@ -313,7 +395,7 @@ def find_checkpoint(cfg: DictConfig, folder: Path) -> str | None:
         if cfg.resume != "auto":
             raise InputError("key resume", "auto, false or a checkpoint", str(cfg.resume), "correct the path")
         return None
-    load_checkpoint(path)  # a readable checkpoint of ours, or one clear line
+    check_resumable(path, cfg)
     saved = path.with_name("config.yaml")
     if saved.is_file():
         changed = changed_keys(OmegaConf.load(saved), cfg)
@@ -326,6 +408,32 @@ def find_checkpoint(cfg: DictConfig, folder: Path) -> str | None:
             )
     logger.info("going on from %s", path)
     return str(path)
+
+
+def check_resumable(path: Path, cfg: DictConfig) -> None:
+    """Refuse a file that holds no training, or that of another network."""
+    card = read_card(path)  # a readable file, or one clear line
+    lightning = card is not None and path.suffix != ".safetensors"
+    content = torch.load(path, "cpu", weights_only=True, mmap=True) if lightning else {}
+    if card is None or not {"loops", "optimizer_states"} <= set(content):
+        raise InputError(
+            path,
+            "a training of 11_train.py to go on with",
+            "weights alone",
+            "set model.resume_path to start a new training from them",
+        )
+    stored = card.model
+    for key in SHAPING_KEYS:
+        own = cfg.model.get(key)
+        if key == "class_num" and own is None:  # all of the table, whose names the settings hold
+            continue
+        if (OmegaConf.to_container(own) if OmegaConf.is_config(own) else own) != stored.get(key):
+            raise InputError(
+                path,
+                f"a training of this network, model.{key} {own}",
+                str(stored.get(key)),
+                "restore the key, or start over with resume=false",
+            )
 
 
 def changed_keys(saved: Any, cfg: DictConfig) -> list[str]:

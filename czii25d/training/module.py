@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 
 from czii25d.data.targets import HeatmapTarget
 from czii25d.data.volumes import Volume
+from czii25d.errors import InputError
 from czii25d.inference import InferenceOptions, pick_volume, tiles_of_region
 from czii25d.losses import Loss, Mixer
 from czii25d.metrics import evaluate, fit_thresholds
@@ -29,6 +31,10 @@ class HeatmapModule(L.LightningModule):
     """Trains a heatmap network; the exponential moving average of its weights is what is judged and saved.
 
     Its attributes ``model`` and ``model_ema`` give checkpoints the key names of the published ones.
+
+    A step is a function of the weights and its place ``(seed, epoch, batch, rank)`` alone, so a training that is
+    interrupted between any two steps goes on as if nothing had happened. An optimizer step whose gradients are not
+    finite is skipped and counted: weights, average and normalisation statistics stay as they are.
 
     Parameters
     ----------
@@ -52,9 +58,13 @@ class HeatmapModule(L.LightningModule):
         Raise the decay from 0 (``1 - (1 + step)^(-2/3)``) up to ``ema_decay``, for short trainings.
     freeze_backbone_epochs
         Epochs at the start in which the backbone's weights stay.
+    compile_mode
+        Of ``torch.compile`` for the training step; ``None``: eager.
     selections
         Of each validation run: where it is judged; ``None``: everywhere.
     """
+
+    PATIENCE = 50  # steps skipped in a row, after which the training stops
 
     def __init__(
         self,
@@ -70,6 +80,7 @@ class HeatmapModule(L.LightningModule):
         ema_warmup: bool = False,
         freeze_backbone_epochs: int = 0,
         seed: int = 0,
+        compile_mode: str | None = None,
         selections: Sequence[Selection | None] | None = None,
     ) -> None:
         super().__init__()
@@ -85,6 +96,9 @@ class HeatmapModule(L.LightningModule):
         self.judged_picks: pd.DataFrame | None = None  # of the last validation, with scores, and what they were
         self.solution: pd.DataFrame | None = None  # judged by
         self._averaged_step = 0
+        self.skipped_steps, self.skipped_in_a_row = 0, 0  # of this epoch; up to now
+        if compile_mode is not None:
+            model.compile(mode=compile_mode)  # in place: neither the average nor the names of the weights change
 
     @property
     def judged_model(self) -> nn.Module:
@@ -95,9 +109,18 @@ class HeatmapModule(L.LightningModule):
         """Predict with the network in training, ``(B, 1, D, H, W) -> (B, C, D, H, W)``."""
         return self.model(tiles)
 
+    def on_train_start(self) -> None:
+        """Count from where a resumed training stands."""
+        self._averaged_step = self.trainer.global_step
+        self._good_buffers = [buffer.clone() for buffer in self.model.buffers()]
+        self._freeze_backbone()
+
     def on_train_epoch_start(self) -> None:
-        """Seed what is drawn on the device, so that a resumed epoch repeats; freeze or free the backbone."""
-        torch.manual_seed(hash((self.seed, self.current_epoch, self.global_rank)) % 2**63)
+        """Freeze or free the backbone; count skipped steps anew."""
+        self.skipped_steps = 0
+        self._freeze_backbone()
+
+    def _freeze_backbone(self) -> None:
         backbone = getattr(self.model, "backbone", None)
         if isinstance(backbone, nn.Module) and self.freeze_backbone_epochs:
             frozen = self.current_epoch < self.freeze_backbone_epochs
@@ -106,23 +129,49 @@ class HeatmapModule(L.LightningModule):
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
         """Return the loss of a mixed batch."""
-        key = hash((self.seed, self.current_epoch, batch_idx, self.global_rank)) % 2**63
-        generator = torch.Generator().manual_seed(key)
+        place = (self.seed, self.current_epoch, batch_idx, self.global_rank)
+        torch.manual_seed(hash((*place, 1)) % 2**63)  # what the network draws on its device: stochastic depth
+        generator = torch.Generator().manual_seed(hash(place) % 2**63)
         image, weighted_targets = self.mixer(*batch, generator)
         prediction = self.model(image)
         terms = [weight * self.loss(prediction.float(), target) for weight, target in weighted_targets]
-        loss = torch.stack(terms).sum()
-        self.log("train/loss", loss, on_step=True, on_epoch=True, sync_dist=True, batch_size=len(image))
-        return loss
+        return torch.stack(terms).sum()
 
-    def on_train_start(self) -> None:
-        """Count from where a resumed training stands."""
-        self._averaged_step = self.trainer.global_step
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """Skip a step whose gradients are not finite.
+
+        Raises
+        ------
+        InputError
+            If that happens many times in a row.
+        """
+        gradients = [weight.grad for weight in self.model.parameters() if weight.grad is not None]
+        largest = torch.nn.utils.get_total_norm(gradients, math.inf)
+        if bool(torch.isfinite(largest)):
+            self.skipped_in_a_row = 0
+            for good, buffer in zip(self._good_buffers, self.model.buffers(), strict=True):
+                good.copy_(buffer)
+            return
+        for good, buffer in zip(self._good_buffers, self.model.buffers(), strict=True):
+            buffer.copy_(good)
+        if getattr(self.trainer.precision_plugin, "scaler", None) is None:  # the scaler of fp16 skips by itself
+            optimizer.zero_grad(set_to_none=True)
+        self.skipped_steps += 1
+        self.skipped_in_a_row += 1
+        if self.skipped_in_a_row >= self.PATIENCE:
+            raise InputError(
+                f"training, step {self.trainer.global_step}",
+                "a finite loss and finite gradients",
+                f"none for {self.skipped_in_a_row} steps",
+                "lower opt.lr or set trainer.gradient_clip_val; the last good checkpoint is kept",
+            )
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
-        """Average the weights once per optimizer step."""
-        if self.model_ema is not None and self.trainer.global_step != self._averaged_step:
-            self._averaged_step = self.trainer.global_step
+        """Average the weights once per optimizer step that was not skipped."""
+        if self.trainer.global_step == self._averaged_step:
+            return
+        self._averaged_step = self.trainer.global_step
+        if self.model_ema is not None and not self.skipped_in_a_row:
             self.model_ema.update(self.model, step=self._averaged_step)
 
     def configure_optimizers(self) -> Any:
@@ -143,7 +192,9 @@ class HeatmapModule(L.LightningModule):
         self._picks = []
 
     def validation_step(self, position: int, batch_idx: int) -> None:
-        """Pick one held-out tomogram with the very function that prediction uses."""
+        """Pick one held-out tomogram with the very function that prediction uses; none at position -1."""
+        if position < 0:
+            return
         volume, target = self.held_out[position]
         predictor = TorchNetwork(
             self.judged_model, self.device
@@ -190,9 +241,11 @@ class HeatmapModule(L.LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add what rebuilds and decodes the network, in plain types that load with ``weights_only``."""
         checkpoint["czii25d"] = self.card.to_dict()
+        checkpoint["skipped_steps"] = [self.skipped_steps, self.skipped_in_a_row]
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Take back the thresholds of the last validation."""
+        """Take back the thresholds of the last validation, and the count of skipped steps."""
+        self.skipped_steps, self.skipped_in_a_row = checkpoint.get("skipped_steps", (0, 0))
         self.card = replace(self.card, thresholds=ModelCard.from_dict(checkpoint["czii25d"]).thresholds)
 
 
