@@ -23,6 +23,7 @@ from test_mrc import write as write_mrc
 from test_predict_score import save
 from test_project import commands_of, parse_command
 
+import czii25d
 from czii25d.formats import read_picks, write_picks
 from czii25d.geometry import xyz_angstrom_to_zyx_voxel, zyx_voxel_to_xyz_angstrom
 from czii25d.picks import make_picks, read_picks_csv
@@ -63,9 +64,9 @@ pytestmark = [
 ]
 
 
-def run_commands(page: str, change: Callable[[str], str] = str) -> None:
-    """Run a page's commands in their order, where we are."""
-    for command in commands_of((DOCS / page).read_text()):
+def run_commands(text: str, change: Callable[[str], str] = str) -> None:
+    """Run the commands of a page, or of a part of it, in their order, where we are."""
+    for command in commands_of(text):
         known, jobs = parse_command(change(command))
         if known.config == "export":  # takes seconds; tests/test_export.py runs it
             continue
@@ -87,8 +88,8 @@ def test_from_the_competitions_data_to_a_submission(tmp_path: Path, monkeypatch:
     for seed, run in enumerate(RUNS):
         make_run(tmp_path / "input", run, seed)
     make_run(tmp_path / "input", "TS_0_0", 9, split="test")
-    run_commands("competition.md")
     text = (DOCS / "competition.md").read_text()
+    run_commands(text)
     assert f"| {' | '.join(sorted(RUNS))} |" in text and f"| {' | '.join(map(str, range(7)))} |" in text
     cards = {fold: yaml.safe_load((tmp_path / f"saved_models/fold{fold}/config.yaml").read_text()) for fold in (2, 6)}
     assert cards[6]["data"]["fold_id"] == 6
@@ -120,7 +121,7 @@ def test_a_cluster_picks_each_tomogram_once(lab: Path) -> None:
     def as_the_second_of_eight(command: str) -> str:
         return command.replace("$SLURM_ARRAY_TASK_ID", "1").replace("$SLURM_ARRAY_TASK_COUNT", "8")
 
-    run_commands("cluster.md", as_the_second_of_eight)
+    run_commands((DOCS / "cluster.md").read_text(), as_the_second_of_eight)
     parts = sorted((lab / "output/predictions/runs").glob("*.csv"))
     assert [path.name.split(".")[0] for path in parts] == ["TS_0001", "TS_0002", "TS_0003"], (
         "no share counts in the key"
@@ -157,7 +158,7 @@ def test_picks_go_to_relion_and_back(lab: Path) -> None:
     assert source in code
     exec(code, {})  # our own page
     shutil.copy("ribosomes.star", "refined.star")
-    run_commands("relion.md", lambda command: command.replace("/data/", "data/batch1/"))
+    run_commands((DOCS / "relion.md").read_text(), lambda command: command.replace("/data/", "data/batch1/"))
     best = planted[(planted["particle"] == "ribosome") & (planted["score"] > 0.3)]
     expected = best[["x", "y", "z"]].to_numpy()
     for found in (read_picks("ribosomes.star", grids=grids_of("data/batch1")), read_picks("refined.csv")):
@@ -168,6 +169,26 @@ def test_picks_go_to_relion_and_back(lab: Path) -> None:
         np.testing.assert_allclose(*sides, atol=2e-3)
     assert re.search(r"^data_particles$", Path("relion5.star").read_text(), re.M)
     assert "opticsGroup1" in Path("relion5.star").read_text()
+
+
+def test_the_readmes_own_particles_are_learned_and_found(lab: Path) -> None:
+    readme = (PROJECT / "README.md").read_text()
+    section = readme[readme.index("## Train, with your own particles") : readme.index("## Documentation")]
+    [table] = re.findall(r"^```yaml\n(.*?)^```", section, re.M | re.S)
+    (lab / "my.yaml").write_text(table)
+    rng = np.random.default_rng(5)
+    extent = np.array(SHAPE)[::-1] * 7.84
+    frames = [
+        make_picks(run, name, rng.uniform(0.05, 0.95, (6, 3)) * extent)
+        for run in ("TS_0001", "TS_0002", "TS_0003")
+        for name in ("ribosome", "proteasome")
+    ]
+    write_picks("picks.star", pd.concat(frames), "relion5", grids=grids_of("data/batch1"), pixel_size=1.96)
+    run_commands(section, lambda command: command.replace("/data/", "data/batch1/"))
+    picker = czii25d.Picker.load("saved_models/mine", floor=0.001, thresholds=0.001, runtime="torch")
+    assert picker.particles.names == ("ribosome", "proteasome") and picker.particles.radii == (150.0, 75.0)
+    picks = picker.pick("data/batch1/TS_0001.mrc")
+    assert list(picks.columns) == ["run", "particle", "x", "y", "z", "score"]
 
 
 # ---- coordinates -----------------------------------------------------------------------------------------------------
