@@ -267,10 +267,11 @@ def test_wandb_works_offline_without_a_prompt(work: Path, monkeypatch: pytest.Mo
     assert sent == {name for name in drawn if not name.endswith("_dark")} and {"loss", "validation"} < sent
 
 
-@pytest.mark.slow
-@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a compiler on a CPU")
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="on a CPU torch.compile needs a recent C++ compiler")
 def test_a_compiled_step_learns_the_same(work: Path) -> None:
     base = ["trainer.max_epochs=1", "data.train_all=true"]
+    base += ["trainer.accelerator=gpu"]
     train(compose(*base))
     train(compose(*base, "model.compile=true", "wandb.name=compiled"))
     one, two = (weights(work / f"saved_models/{name}/last.ckpt") for name in ("tiny", "compiled"))
