@@ -157,7 +157,6 @@ def conf_dir() -> Path:
     return inside if inside.is_dir() else Path(__file__).parents[1] / "conf"
 
 
-@cache
 def load_particles(path: Path | None = None) -> ParticleSet:
     """Read a table of particles; the CZII six by default.
 
@@ -172,7 +171,15 @@ def load_particles(path: Path | None = None) -> ParticleSet:
     InputError
         If the file cannot be read, or a particle has no radius.
     """
-    path = path or conf_dir() / "particles" / "czii.yaml"
+    return _read_table(path) if path else _czii()
+
+
+@cache
+def _czii() -> ParticleSet:
+    return _read_table(conf_dir() / "particles" / "czii.yaml")
+
+
+def _read_table(path: Path) -> ParticleSet:
     try:
         table = yaml.safe_load(path.read_text())  # JSON is YAML
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:

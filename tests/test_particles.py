@@ -93,3 +93,12 @@ def test_error_is_one_line_of_four_parts() -> None:
 def test_guess_only_where_one_is_near() -> None:
     assert did_you_mean("denoise", ["denoised", "wbp"]) == " (did you mean 'denoised'?)"
     assert did_you_mean("xyz", ["denoised", "wbp"]) == ""
+
+
+def test_a_table_that_was_changed_is_read_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for radius in (75.0, 80.0):  # relative paths, as in particles=my.yaml
+        (tmp_path / f"{radius:.0f}").mkdir()
+        monkeypatch.chdir(tmp_path / f"{radius:.0f}")
+        Path("my.yaml").write_text(f"proteasome: {{radius: {radius}}}\n")
+        assert load_particles(Path("my.yaml")).radii == (radius,)
+    assert load_particles() is load_particles(), "the default is read once"
