@@ -1,11 +1,13 @@
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 from conftest import run_script
 
-from czii25d.pipeline.app import read_comments, translate_flags
+from czii25d.errors import InputError
+from czii25d.pipeline.app import load_config, read_comments, translate_flags
 
 
 def test_published_flags_become_overrides() -> None:
@@ -80,3 +82,35 @@ def test_unknown_group_names_the_choices(tmp_path: Path) -> None:
     result = run_script("11_train.py", "model=smal", cwd=tmp_path, check=False)
     assert result.returncode == 2
     assert "small" in result.stderr and result.stderr.strip().count("\n") == 0
+
+
+def test_own_table_of_particles_replaces_the_competitions(tmp_path: Path) -> None:
+    (tmp_path / "mine.yaml").write_text("spliceosome: {radius: 110}\n")
+    assert list(load_config("train", [f"particles={tmp_path / 'mine.yaml'}"]).particles) == ["spliceosome"]
+    objects = [
+        {"name": "membrane", "is_particle": False, "label": 1},
+        {"name": "ribosome", "is_particle": True, "label": 2, "radius": 150.0, "color": [0, 158, 115, 255]},
+        {"name": "proteasome", "is_particle": True, "label": 3, "radius": 75},
+    ]
+    (tmp_path / "copick.json").write_text(json.dumps({"name": "mine", "pickable_objects": objects}))
+    particles = load_config("train", [f"particles={tmp_path / 'copick.json'}"]).particles
+    assert list(particles) == ["ribosome", "proteasome"] and particles.ribosome.radius == 150
+    assert particles.ribosome.color.upper() == "#009E73"
+    assert len(load_config("train").particles) == 6
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("[1, 2]", "particles by name"),
+        ("ribosome: {radius: 150", "a table of particles"),
+        ('{"pickable_objects": [{"name": "a", "is_particle": true}]}', "a radius in angstrom"),
+        ('{"pickable_objects": [{"name": "a", "radius": 1}, {"name": "a", "radius": 2}]}', "twice"),
+        ('{"pickable_objects": [3]}', "each with a name"),
+    ],
+)
+def test_a_wrong_table_of_particles_is_one_clear_line(tmp_path: Path, text: str, message: str) -> None:
+    (tmp_path / "mine.yaml").write_text(text)
+    with pytest.raises(InputError, match=message) as caught:
+        load_config("train", [f"particles={tmp_path / 'mine.yaml'}"])
+    assert "\n" not in str(caught.value) and "mine.yaml" in str(caught.value)

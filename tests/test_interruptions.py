@@ -58,6 +58,7 @@ SERVER.set_forkserver_preload(["czii25d.pipeline.train", "hydra", "test_training
 def train_here(cwd: Path, log: Path, overrides: list[str]) -> None:
     """Train, as 11_train.py does, in a process group of its own."""
     os.setsid()
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs start without
     os.chdir(cwd)
     with log.open("a") as file:
         os.dup2(file.fileno(), 1)

@@ -67,7 +67,8 @@ def run(
     with one_line_errors(config_name):
         sys.argv = [program[0], *with_own_particles(overrides)]  # where Hydra reads them
         decorate = hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name=config_name)
-        decorate(_Checked(function, config_name, program))()
+        table = next((word for word in overrides if word.startswith("particles=")), "")
+        decorate(_Checked(function, config_name, program, table))()
 
 
 @contextmanager
@@ -90,13 +91,18 @@ def one_line_errors(config_name: str) -> Iterator[None]:
 class _Checked:
     """The pipeline function behind a check of the types of overridden values; picklable for Hydra's launchers."""
 
-    def __init__(self, function: Callable[[DictConfig], Any], config_name: str, program: Sequence[str]) -> None:
+    def __init__(
+        self, function: Callable[[DictConfig], Any], config_name: str, program: Sequence[str], table: str
+    ) -> None:
         self.function, self.config_name, self.program = function, config_name, program
+        self.table = table  # the override particles=..., as it was given
         self.__module__ = function.__module__  # Hydra asks where the task function lives
 
     def __call__(self, cfg: DictConfig) -> Any:
         # Lightning starts the other processes of a training with these words: those of this job, not of its sweep.
-        sys.argv = [*self.program, *HydraConfig.get().overrides.task]
+        own = f"particles={OWN_PARTICLES}"
+        task = [self.table if word == own else word for word in HydraConfig.get().overrides.task]
+        sys.argv = [*self.program, *task]
         set_up_logging()  # once more: a launcher may have started a fresh process
         if HydraConfig.get().mode == RunMode.MULTIRUN:  # the other jobs go on; at the end the sweep fails
             return self._work(cfg)

@@ -85,7 +85,10 @@ class HeatmapModule(L.LightningModule):
     ) -> None:
         super().__init__()
         self.model = model
-        self.model_ema = ModelEmaV3(model, decay=ema_decay, use_warmup=ema_warmup) if ema_decay is not None else None
+        self.model_ema = None
+        if ema_decay is not None:
+            self.model_ema = ModelEmaV3(model, decay=ema_decay, use_warmup=ema_warmup)
+            self.model_ema.requires_grad_(False)  # processes that share their gradients would wait for these
         self.card, self.loss, self.mixer = card, loss, mixer
         self.create_optimizer, self.create_scheduler = create_optimizer, create_scheduler
         self.held_out, self.options = held_out, options
@@ -124,7 +127,8 @@ class HeatmapModule(L.LightningModule):
         backbone = getattr(self.model, "backbone", None)
         if isinstance(backbone, nn.Module) and self.freeze_backbone_epochs:
             frozen = self.current_epoch < self.freeze_backbone_epochs
-            backbone.requires_grad_(not frozen)
+            if self.trainer.world_size == 1:  # several processes agreed at the start on what they share
+                backbone.requires_grad_(not frozen)
             backbone.train(not frozen)
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
@@ -145,6 +149,10 @@ class HeatmapModule(L.LightningModule):
         InputError
             If that happens many times in a row.
         """
+        backbone = getattr(self.model, "backbone", None)
+        if isinstance(backbone, nn.Module) and self.current_epoch < self.freeze_backbone_epochs:
+            for weight in backbone.parameters():
+                weight.grad = None
         gradients = [weight.grad for weight in self.model.parameters() if weight.grad is not None]
         largest = torch.nn.utils.get_total_norm(gradients, math.inf)
         if bool(torch.isfinite(largest)):
