@@ -23,6 +23,7 @@ from czii25d.tiling import Blender, TileGrid, reflect_indices
 logger = logging.getLogger(__name__)
 
 Progress = Callable[[int, int], None]
+YIELDED_AT_ONCE = 4  # planes; who receives them lets them go as soon as these are done with
 Wanted = Callable[[Shape3D, Shape3D], bool]
 
 
@@ -130,8 +131,10 @@ def predict_slabs(
                 progress(done, tile_num)
         finished = min(next_z, depth) - z
         if finished > 0:
-            norm = torch.from_numpy(blender.norm(z, z + finished)).to(device)
-            yield z, planes[:, :finished, :height, :width] * norm
+            for first in range(0, finished, YIELDED_AT_ONCE):
+                last = min(first + YIELDED_AT_ONCE, finished)
+                norm = torch.from_numpy(blender.norm(z + first, z + last)).to(device)
+                yield z + first, planes[:, first:last, :height, :width] * norm
         step = min(next_z - z, core_d)
         planes[:, : core_d - step] = planes[:, step:].clone()
         planes[:, core_d - step :] = 0
