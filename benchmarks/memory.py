@@ -13,6 +13,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +25,21 @@ SHAPES = ((184, 630, 630), (368, 630, 630), (368, 1260, 1260))
 SPACING = (10.012, 10.012, 10.012)
 
 
+class Noise(Sequence):
+    """A volume of noise that takes no memory itself; each plane is drawn when it is asked for."""
+
+    def __init__(self, shape: tuple[int, int, int]) -> None:
+        self.shape = shape
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __getitem__(self, z: int) -> np.ndarray:
+        if z >= len(self):
+            raise IndexError(z)
+        return np.random.default_rng(z).standard_normal(self.shape[1:], np.float32)
+
+
 def main() -> None:
     """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -32,11 +48,9 @@ def main() -> None:
     arguments = parser.parse_args()
     print(f"{datetime.date.today()}, {os.cpu_count()} cores ({platform.machine()})\n")
     print("| tomogram | voxels, millions | peak host memory of 21, GB | s |\n|---|---|---|---|")
-    rng = np.random.default_rng(0)
     for shape in ((16, 128, 128), *SHAPES):
         with tempfile.TemporaryDirectory(prefix="czii25d-benchmark-") as name:
-            noise = np.broadcast_to(rng.standard_normal(shape[1:], np.float32), shape)  # takes no memory itself
-            write_volume(Path(name) / "output/volumes/test/TS_1", noise, SPACING, {})
+            write_volume(Path(name) / "output/volumes/test/TS_1", Noise(shape), SPACING, {})
             command = [sys.executable, str(PROJECT / "21_predict.py"), f"checkpoints={arguments.checkpoint.resolve()}"]
             start = time.perf_counter()
             process = subprocess.Popen([*command, *arguments.override], cwd=name, stderr=subprocess.PIPE, text=True)
