@@ -101,7 +101,13 @@ def start(cwd: Path, *overrides: str) -> subprocess.Popen[str]:
     """Start the script, for trainings that start processes themselves."""
     command = [sys.executable, str(PROJECT / "11_train.py"), *overrides]
     return subprocess.Popen(
-        command, cwd=cwd, env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+        command,
+        cwd=cwd,
+        env=ENVIRONMENT,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,  # what is sent to its group does not reach the tests
     )
 
 
@@ -338,7 +344,9 @@ def test_two_processes_score_like_one(work: Path) -> None:
     for count in (1, 2):
         overrides = [*TINY, "data.fold_id=[TS_5_4,TS_6_4]", f"trainer.devices={count}", "trainer.strategy=ddp"]
         command = [sys.executable, "validate.py", f"{count}.json", *overrides]
-        result = subprocess.run(command, cwd=work, env=ENVIRONMENT, capture_output=True, text=True, timeout=300)
+        result = subprocess.run(
+            command, cwd=work, env=ENVIRONMENT, capture_output=True, text=True, timeout=300, start_new_session=True
+        )
         assert result.returncode == 0, result.stderr
         results.append(json.loads((work / f"{count}.json").read_text()))
     assert [world_size for world_size, _ in results] == [1, 2]
