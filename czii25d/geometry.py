@@ -23,6 +23,8 @@ Spacing3D = tuple[float, float, float]
 
 PUBLISHED_OFFSET_VOXEL = -0.5
 
+SPACING_TOLERANCE = 0.05  # of voxels that a network takes for those it was trained on
+
 
 def spacing_text(voxel_spacing: Spacing3D) -> str:
     """Write a voxel spacing for people."""
@@ -60,3 +62,8 @@ def zyx_voxel_to_xyz_angstrom(
     """
     centers = np.asarray(centers_zyx_voxel, np.float64).reshape(-1, 3)
     return ((centers + offset_voxel) * np.asarray(voxel_spacing, np.float64))[:, ::-1]
+
+
+def spacings_agree(one: Spacing3D, other: Spacing3D) -> bool:
+    """Tell whether two voxel spacings differ by no more than ``SPACING_TOLERANCE`` along any axis."""
+    return all(max(a / b, b / a) <= 1 + SPACING_TOLERANCE for a, b in zip(one, other, strict=True))

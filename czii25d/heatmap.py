@@ -1,6 +1,7 @@
 """Heatmaps: a Gaussian of height 1 at each particle's sub-voxel centre, one channel per class.
 
-The one renderer. What 02 stores, what training sees and what tests plant all come from `render_heatmap`.
+What 02 stores and what tests plant come from `render_heatmap`; training renders the same in batches
+(`czii25d.data.tiles.render_heatmaps`, tested against it).
 """
 
 from __future__ import annotations

@@ -212,11 +212,8 @@ def pool(matches: Iterable[Matches]) -> Matches:
 
 def fbeta_curve(matches: Matches, beta: float = BETA) -> NDArray[np.float64]:
     """Return ``(N, 2)``: every score that occurs, descending, and the F-beta of the picks of at least that score."""
-    tried = np.unique(matches.scores)[::-1]
-    found = len(matches.scores) - np.searchsorted(matches.scores, tried)
-    hits = len(matches.best_hits) - np.searchsorted(matches.best_hits, tried)
-    references = np.full(len(tried), float(matches.references))
-    return np.stack([tried, fbeta(hits.astype(float), found.astype(float), references, beta)], 1)
+    tried, found, hits, references = _counts_at_scores(matches)
+    return np.stack([tried, fbeta(hits, found, references, beta)], 1)
 
 
 def precision_recall_curve(matches: Matches) -> NDArray[np.float64]:
@@ -224,11 +221,16 @@ def precision_recall_curve(matches: Matches) -> NDArray[np.float64]:
 
     Hits are distinct references, as in `score`.
     """
+    tried, found, hits, references = _counts_at_scores(matches)
+    return np.stack([tried, _ratio(hits, found), _ratio(hits, references)], 1)
+
+
+def _counts_at_scores(matches: Matches) -> tuple[NDArray[np.float64], ...]:
+    """Return four arrays ``(N,)``: every score that occurs, descending; picks, hits and references from it up."""
     tried = np.unique(matches.scores)[::-1]
-    found = len(matches.scores) - np.searchsorted(matches.scores, tried)
+    found = (len(matches.scores) - np.searchsorted(matches.scores, tried)).astype(float)
     hits = (len(matches.best_hits) - np.searchsorted(matches.best_hits, tried)).astype(float)
-    references = np.full(len(tried), float(matches.references))
-    return np.stack([tried, _ratio(hits, found.astype(float)), _ratio(hits, references)], 1)
+    return tried, found, hits, np.full(len(tried), float(matches.references))
 
 
 def near_reference(

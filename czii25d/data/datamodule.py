@@ -21,7 +21,7 @@ from czii25d.data.targets import HeatmapTarget, open_target
 from czii25d.data.tiles import TileBatch, make_tiles
 from czii25d.data.volumes import Normalization, Volume, open_volume
 from czii25d.errors import InputError, did_you_mean
-from czii25d.geometry import Shape3D
+from czii25d.geometry import Shape3D, spacings_agree
 from czii25d.particles import ParticleSet
 from czii25d.regions import Region, Selection
 from czii25d.resampling import is_same_spacing
@@ -161,8 +161,7 @@ class TomogramDataModule(L.LightningDataModule):
         self.is_partly_labelled = any(region is not None for region in labelled)
         self.voxel_spacing = train[0][0].voxel_spacing
         for volume, target in (*train, *self.held_out):
-            ratio = max(max(a / b, b / a) for a, b in zip(volume.voxel_spacing, self.voxel_spacing, strict=True))
-            if ratio > 1.05:
+            if not spacings_agree(volume.voxel_spacing, self.voxel_spacing):
                 raise InputError(
                     f"run {target.run}",
                     f"the voxel spacing of the other runs, {self.voxel_spacing} angstrom",

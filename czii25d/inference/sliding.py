@@ -130,11 +130,10 @@ def predict_slabs(
             if progress is not None:
                 progress(done, tile_num)
         finished = min(next_z, depth) - z
-        if finished > 0:
-            for first in range(0, finished, YIELDED_AT_ONCE):
-                last = min(first + YIELDED_AT_ONCE, finished)
-                norm = torch.from_numpy(blender.norm(z + first, z + last)).to(device)
-                yield z + first, planes[:, first:last, :height, :width] * norm
+        for first in range(0, finished, YIELDED_AT_ONCE):
+            last = min(first + YIELDED_AT_ONCE, finished)
+            norm = torch.from_numpy(blender.norm(z + first, z + last)).to(device)
+            yield z + first, planes[:, first:last, :height, :width] * norm
         step = min(next_z - z, core_d)
         planes[:, : core_d - step] = planes[:, step:].clone()
         planes[:, core_d - step :] = 0

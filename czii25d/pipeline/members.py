@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from czii25d.errors import InputError
 from czii25d.export.manifest import Manifest, content_hash, read_manifest, write_manifest
 from czii25d.export.onnx import export_onnx
-from czii25d.geometry import Shape3D, Spacing3D, spacing_text
+from czii25d.geometry import Shape3D, Spacing3D, spacing_text, spacings_agree
 from czii25d.inference import Ensemble, InferenceOptions, Member, Planes, Predictor, merge_slabs, predict_slabs
 from czii25d.inference.sliding import Progress, Wanted
 from czii25d.metrics import DEFAULT_THRESHOLD
@@ -31,7 +31,6 @@ logger = logging.getLogger(__name__)
 RUNTIMES = ("torch", "onnxruntime", "openvino", "tensorrt")
 AUTOCAST = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 CHECKPOINT_SUFFIXES = (".ckpt", ".safetensors", ".pt", ".pth")
-SPACING_TOLERANCE = 0.05
 RESCALE = ("auto", "never")
 GRAPH_SUFFIX, ENGINE_SUFFIX = ".onnx", ".engine"
 SUFFIXES = (*CHECKPOINT_SUFFIXES, GRAPH_SUFFIX, ENGINE_SUFFIX)
@@ -152,11 +151,6 @@ def agree(files: Sequence[NetworkFile]) -> tuple[ModelCard, list[list[int]]]:
                 "predict them separately",
             )
     return first, [[list(file.card.particles).index(name) for name in names] for file in files]
-
-
-def spacings_agree(one: Spacing3D, other: Spacing3D) -> bool:
-    """Tell whether two voxel spacings differ by no more than ``SPACING_TOLERANCE`` along any axis."""
-    return all(max(a / b, b / a) <= 1 + SPACING_TOLERANCE for a, b in zip(one, other, strict=True))
 
 
 @dataclass(frozen=True)
