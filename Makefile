@@ -2,6 +2,8 @@
 PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
+# Starts, kills and resumes trainings: in workers that have done nothing else.
+KILLS := test_interruptions.py
 DEMO := paths.input=demo/input paths.output=demo/output paths.saved_models=demo/saved_models
 
 .PHONY: help install test lint demo docs benchmark clean
@@ -22,7 +24,8 @@ lint: $(STAMP) ## ruff and mypy
 	$(BIN)/mypy
 
 test: lint ## lint, then the whole test suite
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal --ignore tests/$(KILLS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal tests/$(KILLS)
 
 demo: $(STAMP) ## simulate, prepare, train, predict and score; 4 to 9 minutes on two cores
 	rm -rf demo

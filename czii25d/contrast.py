@@ -35,8 +35,9 @@ def protein_skewness(volume: NDArray[np.floating], voxel_spacing: Spacing3D) -> 
     d, h, w = (size // side for size, side in zip(volume.shape, block, strict=True))
     means = np.empty((d, h, w))
     for z in range(d):
-        planes = np.asarray(volume[z * block[0] : (z + 1) * block[0], : h * block[1], : w * block[2]], np.float64)
-        means[z] = planes.reshape(block[0], h, block[1], w, block[2]).mean((0, 2, 4))
+        planes = volume[z * block[0] : (z + 1) * block[0], : h * block[1], : w * block[2]]
+        plane = planes.mean(0, dtype=np.float32).astype(np.float64)  # of a few planes, which float32 can add up
+        means[z] = plane.reshape(h, block[1], w, block[2]).mean((1, 3))
     means -= ndimage.gaussian_filter(means, SLOW_ANGSTROM / BLOCK_ANGSTROM / 2)
     means -= means.mean()
     return float((means**3).mean() / max(means.std(), np.finfo(float).tiny) ** 3)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -27,6 +28,14 @@ POINTS = {
     "virus-like-particle": [(401.0, 219.0, 171.0)],
     "beta-amylase": [(260.6, 60.2, 30.3)],
 }
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node, error: object) -> None:
+    """Say how a worker of pytest-xdist ended that crashed: minus the signal that it was killed by, or its status."""
+    if error:
+        with suppress(subprocess.TimeoutExpired):
+            print(f"worker {node.gateway.id}: exit status {node.gateway._io.popen.wait(20)}")
 
 
 @pytest.fixture(scope="session")

@@ -27,7 +27,8 @@ def choose_cache(wanted: Cache, size: int, free_on_gpu: int | None, host_memory:
     wanted
         ``"auto"``: on a GPU if there is one and they take at most a quarter of its free memory, or else in the
         machine's if they take at most half of it, or else on disk. Without a GPU: on disk, whose pages the system
-        keeps in memory once for all processes. Any other value is what is chosen.
+        keeps in memory once for all processes. ``"device"``: on the GPU, even if they leave little of it; where that
+        cannot be, as ``"auto"``. Any other value is what is chosen.
     size
         Bytes of all volumes.
     free_on_gpu
@@ -38,39 +39,29 @@ def choose_cache(wanted: Cache, size: int, free_on_gpu: int | None, host_memory:
     Returns
     -------
     cache, why
-        Not ``"auto"``.
+        Not ``"auto"``; ``why`` is ``None`` if it is the best place, or what was asked for.
 
     Raises
     ------
     InputError
-        If there is no such place, or ``"device"`` is wanted and the volumes do not fit there.
+        If there is no such place.
     """
     if wanted not in get_args(Cache):
         raise InputError("key data.cache", f"one of {', '.join(get_args(Cache))}", repr(wanted), "choose one")
-    fits_gpu = free_on_gpu is not None and size <= DEVICE_SHARE * free_on_gpu
-    if wanted == "device" and free_on_gpu is not None and size > free_on_gpu:
-        raise InputError(
-            "key data.cache",
-            f"{size / 1e9:.1f} GB free on the device for the volumes",
-            f"{free_on_gpu / 1e9:.1f} GB",
-            "set data.cache=host, or auto",
-        )
-    if wanted != "auto":
+    if wanted in ("host", "disk"):
         return wanted, None
     if free_on_gpu is None:
-        return "disk", None
-    if fits_gpu:
+        return "disk", "there is no GPU" if wanted == "device" else None
+    if size <= (1.0 if wanted == "device" else DEVICE_SHARE) * free_on_gpu:
         return "device", None
-    why = (
-        f"the volumes ({size / 1e9:.1f} GB) would take more than a quarter of the GPU's free memory"
-        f" ({free_on_gpu / 1e9:.1f} GB)"
-    )
-    return ("host", why) if size <= HOST_SHARE * host_memory else ("disk", f"{why} and half of the machine's")
+    share = "all" if wanted == "device" else "a quarter"
+    why = f"the volumes ({size / 1e9:.1f} GB) would take more than {share} of the GPU's free {free_on_gpu / 1e9:.1f} GB"
+    return ("host", why) if size <= HOST_SHARE * host_memory else ("disk", f"{why} and half of the machine's memory")
 
 
 def load_volumes(volumes: Sequence[Volume], cache: Cache, device: torch.device) -> list[Tensor]:
     """Return volumes as float16 tensors ``(D, H, W)``: on the device, in memory, or as they are mapped from disk."""
-    if cache == "host" or (cache == "device" and device.type == "cpu"):
+    if cache == "host":
         return [torch.from_numpy(np.array(volume.data)) for volume in volumes]
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*not writable")  # nobody writes into them

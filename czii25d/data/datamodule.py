@@ -195,7 +195,7 @@ class TomogramDataModule(L.LightningDataModule):
         if why:
             logger.info("data.cache=%s: %s", cache, why)
         voxels = load_volumes(self.dataset.all_volumes, cache, device)
-        on_device = cache == "device" and device.type != "cpu"
+        on_device = cache == "device"
         self._on_device = voxels if on_device else []
         if not on_device:
             self.dataset.voxels = voxels
