@@ -179,7 +179,8 @@ def run(recipe: Recipe, seed: int, arguments: argparse.Namespace) -> dict[str, A
     if recipe.tile or recipe.sigma_voxel:
         targets = dataset.targets
         if recipe.sigma_voxel:
-            targets = [replace(each, sigma_voxel=(recipe.sigma_voxel,) * len(particles)) for each in targets]
+            sigma = recipe.sigma_voxel * data.voxel_spacing[0]
+            targets = [replace(each, sigma_angstrom=dict.fromkeys(particles.names, sigma)) for each in targets]
         data.dataset = type(dataset)(dataset.volumes, targets, tile, dataset.sampling, dataset.augmentation, seed)
     module = create_module(cfg, data, particles)
     if recipe.network:

@@ -191,6 +191,41 @@ def test_the_readmes_own_particles_are_learned_and_found(lab: Path) -> None:
     assert list(picks.columns) == ["run", "particle", "x", "y", "z", "score"]
 
 
+def test_my_own_particle_is_learned_in_one_half_and_picked_in_the_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    rng = np.random.default_rng(1)
+    shape = np.array((24, 256, 32))
+    volume = rng.normal(size=shape).astype(np.float32)
+    y = np.linspace(8, 248, 21)  # far enough from each other for the baseline
+    centers = np.stack([rng.uniform(6, 18, 21), y, rng.uniform(6, 26, 21)], 1)
+    grid = np.stack(np.meshgrid(*map(np.arange, shape), indexing="ij"), -1)
+    for center in centers:
+        volume[((grid - center) ** 2).sum(-1) < 4.8**2] -= 3
+    (tmp_path / "tomograms").mkdir()
+    write_mrc(tmp_path / "tomograms/empiar_11658_171.mrc", volume, (31.36,) * 3)
+    write_picks("ribosomes.csv", make_picks("empiar_11658_171", "ribosome", centers[:, ::-1] * 31.36))
+    tables = blocks("own_particle.md", "yaml")
+    for name, table in zip(("ribosome", "train_here", "pick_here"), tables, strict=True):
+        (tmp_path / f"{name}.yaml").write_text(table)
+    run_commands((DOCS / "own_particle.md").read_text())
+    here = yaml.safe_load(tables[2])["empiar_11658_171"]["y"][0]
+    assert here == 128 * 31.36
+    truth = read_picks_csv(tmp_path / "output/solution.csv")
+    assert len(truth) == (centers[:, 1] * 31.36 >= here).sum() and truth["y"].min() >= here
+    scored = read_picks_csv(tmp_path / "output/predictions/scored_picks.csv", scored=True)
+    assert len(scored) and scored["y"].min() >= here and set(scored["particle"]) == {"ribosome"}
+    assert (tmp_path / "output/predictions/report/report.html").is_file()
+    monkeypatch.syspath_prepend(str(PROJECT / "benchmarks"))
+    [command] = re.findall(r"^python benchmarks/ribosomes.py (.*)$", (DOCS / "own_particle.md").read_text(), re.M)
+    monkeypatch.setattr(sys, "argv", ["ribosomes.py", *command.split()])
+    import_module("ribosomes").main()
+    assert (tmp_path / "recall.png").is_file()
+    [baseline] = re.findall(r"^\| Laplacian of Gaussian, recall .* \| ([\d.]+) \|$", capsys.readouterr().out, re.M)
+    assert float(baseline) > 0.8, "what is planted, at four times as many picks"
+
+
 # ---- coordinates -----------------------------------------------------------------------------------------------------
 
 
