@@ -13,6 +13,7 @@ from czii25d.geometry import Spacing3D
 Contrast = Literal["dark", "bright"]
 BLOCK_ANGSTROM = 40.0  # half a particle: averages over it keep particles and lose noise
 SLOW_ANGSTROM = 400.0  # wider variations are ice and illumination
+ENOUGH_VOXELS = 2e7  # about the middle plane; more take time and say nothing new
 LEAST_SKEWNESS = 0.1  # below it in magnitude the sign says nothing. Empirical
 
 
@@ -21,6 +22,7 @@ def protein_skewness(volume: NDArray[np.floating], voxel_spacing: Spacing3D) -> 
 
     Proteins, membranes and gold are few and dense, water is everywhere: the long tail of the grey values lies on the
     side of what is dense. Noise, which is symmetric, is averaged away before, and slow variations are subtracted.
+    Of a large tomogram the middle is taken.
 
     Parameters
     ----------
@@ -32,6 +34,9 @@ def protein_skewness(volume: NDArray[np.floating], voxel_spacing: Spacing3D) -> 
     block = [
         min(max(1, round(BLOCK_ANGSTROM / side)), size) for side, size in zip(voxel_spacing, volume.shape, strict=True)
     ]
+    wanted = max(block[0], round(ENOUGH_VOXELS / (volume.shape[1] * volume.shape[2])))
+    first = max(0, (len(volume) - wanted) // 2)
+    volume = volume[first : len(volume) - first]
     d, h, w = (size // side for size, side in zip(volume.shape, block, strict=True))
     means = np.empty((d, h, w))
     for z in range(d):
