@@ -13,6 +13,8 @@ import pytest
 import zarr
 from hypothesis import settings
 
+import czii25d  # noqa: F401  # before pandas: it keeps a thread of pyarrow's from being started, here too
+
 settings.register_profile("no deadline", deadline=None)  # tests are not timed: a busy machine fails good code
 settings.load_profile("no deadline")
 

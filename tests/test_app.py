@@ -1,6 +1,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -114,3 +117,14 @@ def test_a_wrong_table_of_particles_is_one_clear_line(tmp_path: Path, text: str,
     with pytest.raises(InputError, match=message) as caught:
         load_config("train", [f"particles={tmp_path / 'mine.yaml'}"])
     assert "\n" not in str(caught.value) and "mine.yaml" in str(caught.value)
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="looks for threads in /proc")
+def test_no_allocator_of_pyarrow_runs_a_thread_in_our_processes() -> None:
+    """It has ended processes by a segmentation fault: the reason of the environment that the package sets."""
+    pytest.importorskip("pyarrow")
+    code = "import czii25d, pandas, pyarrow, pathlib\n"
+    code += "print([path.read_text().strip() for path in pathlib.Path('/proc/self/task').glob('*/comm')])"
+    bare = {key: value for key, value in os.environ.items() if key != "JE_ARROW_MALLOC_CONF"}
+    result = subprocess.run([sys.executable, "-c", code], env=bare, capture_output=True, text=True, check=True)
+    assert "['" in result.stdout and "jemalloc" not in result.stdout
