@@ -5,8 +5,8 @@ from __future__ import annotations
 import os
 from typing import TYPE_CHECKING, Any
 
-# pandas loads pyarrow where it is there, as with starfile, and pyarrow starts a thread of its allocator, which we do not
-# use and which has ended processes by a segmentation fault (https://github.com/apache/arrow/issues/44342).
+# pandas loads pyarrow where it is there, as with starfile, and pyarrow starts a thread of an allocator that we do not
+# use. It has ended processes by a segmentation fault (https://github.com/apache/arrow/issues/44342).
 os.environ.setdefault("JE_ARROW_MALLOC_CONF", "background_thread:false")
 
 if TYPE_CHECKING:
