@@ -17,13 +17,12 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 from scipy import ndimage
-from scipy.spatial import cKDTree
 
 from czii25d.baseline import blob_response
 from czii25d.data.regions import read_regions
 from czii25d.data.volumes import Volume, open_volume
 from czii25d.geometry import xyz_angstrom_to_zyx_voxel, zyx_voxel_to_xyz_angstrom
-from czii25d.metrics import match
+from czii25d.metrics import match, near_reference
 from czii25d.particles import load_particles
 from czii25d.peaks import find_peaks
 from czii25d.picks import read_picks_csv
@@ -68,33 +67,31 @@ def main() -> None:
         curves[name] = np.array([(picked, hits / references) for references, picked, hits in counts])
         at = [curves[name][min(round(share * len(truth)), len(counts)) - 1, 1] for share in SHARES]
         print(f"| {name}, recall | {' | '.join(f'{recall:.3f}' for recall in at)} |")
-    compare(volume, truth, picks.sort_values("score", ascending=False).head(2 * len(truth)), particle.radius)
+    best = picks.sort_values("score", ascending=False, ignore_index=True).head(2 * len(truth))
+    compare(volume, best, near_reference(truth, best, particles), particle.radius)
     if arguments.picture:
         draw(curves, len(truth), arguments.picture)
 
 
-def compare(volume: Volume, truth: pd.DataFrame, best: pd.DataFrame, radius: float) -> None:
-    """Print how many of the best picks are annotated, and what annotated ones and others look like."""
-    centers = [xyz_angstrom_to_zyx_voxel(frame[["x", "y", "z"]], volume.voxel_spacing) for frame in (truth, best)]
-    spacing = np.array(volume.voxel_spacing)
-    distances, _ = cKDTree(centers[0] * spacing).query(centers[1] * spacing)
-    annotated = distances <= radius / 2
+def compare(volume: Volume, best: pd.DataFrame, annotated: np.ndarray, radius: float) -> None:
+    """Print how many of the best picks are annotated, ``(N,)``, and what these and the others look like."""
     quarters = np.array_split(annotated, 4)
     print(f"\n| picks by rank | {' | '.join(f'{i + 1} of 4' for i in range(4))} |\n|{'---|' * 5}")
     print(f"| annotated | {' | '.join(f'{quarter.mean():.2f}' for quarter in quarters)} |")
     voxels = volume.planes(0, volume.shape[0])
     voxels = (voxels - voxels.mean()) / voxels.std()
-    shells = np.arange(0, 1.75 * radius, spacing[0])
+    centers = xyz_angstrom_to_zyx_voxel(best[["x", "y", "z"]], volume.voxel_spacing)
+    shells = np.arange(0, 1.75 * radius, volume.voxel_spacing[0])
     print(f"\n| angstrom from the centre | {' | '.join(f'{shell:.0f}' for shell in shells)} |")
     print(f"|{'---|' * (len(shells) + 1)}")
     groups = [("annotated", annotated), ("others", ~annotated)]
     for name, chosen in [group for group in groups if group[1].any()]:
-        means = [shell_mean(voxels, centers[1][chosen], shell / spacing[0]) for shell in shells]
+        means = [shell_mean(voxels, centers[chosen], shell / np.array(volume.voxel_spacing)) for shell in shells]
         print(f"| {name}, {chosen.sum()} picks | {' | '.join(f'{mean:.2f}' for mean in means)} |")
 
 
-def shell_mean(voxels: np.ndarray, centers: np.ndarray, radius: float) -> float:
-    """Return the mean of the voxels, interpolated, at so many voxels from any centre."""
+def shell_mean(voxels: np.ndarray, centers: np.ndarray, radius: np.ndarray) -> float:
+    """Return the mean of the voxels at a radius (voxels along z, y, x) from any of the centres ``(N, 3)`` z, y, x."""
     directions = np.random.default_rng(0).normal(size=(100, 3))
     directions /= np.linalg.norm(directions, axis=1, keepdims=True)
     points = (centers[:, None] + radius * directions).reshape(-1, 3)
