@@ -128,23 +128,25 @@ PUBLISHED = (
     "data.batch_size=8",
 )
 # The peers' networks, augmentation, optimizer and tiles (as large as a CPU allows); targets, loss and average are ours.
-PEER = (
-    *OURS,
-    "data.sampling.kind=balanced",
-    "data.batch_size=4",
-    "opt.lr=1e-3",
-    "opt.weight_decay=0",
-)
+PEER = (*OURS, "data.sampling.kind=balanced", "data.batch_size=4")
+ADAM = ("opt.lr=1e-3", "opt.weight_decay=0")
 PEER_TILE = (32, 96, 96)
 
 RECIPES = {
     "ours": Recipe("experiment=cpu", OURS),
     "published": Recipe("the 4th place's, from scratch", PUBLISHED, sigma_voxel=6),
     "flexible_unet": Recipe(
-        "MONAI FlexibleUNet-resnet34, 1st place", (*PEER, "opt.opt=adam", "loss.mixup=1"), flexible_unet, tile=PEER_TILE
+        "MONAI FlexibleUNet-resnet34, 1st place",
+        (*PEER, "opt.opt=Adam", *ADAM, "loss.mixup=1"),
+        flexible_unet,
+        tile=PEER_TILE,
     ),
-    "unet": Recipe("MONAI UNet 48/64/80/80, 2nd place", PEER, unet, tile=PEER_TILE),
+    "flexible_unet, our optimizer": Recipe("Muon", (*PEER, "loss.mixup=1"), flexible_unet, tile=PEER_TILE),
+    "unet": Recipe("MONAI UNet 48/64/80/80, 2nd place", (*PEER, "opt.opt=AdamW", *ADAM), unet, tile=PEER_TILE),
+    "unet, our optimizer": Recipe("Muon", PEER, unet, tile=PEER_TILE),
     # One line each: what becomes worse without it.
+    "ours, AdamW": Recipe("AdamW at its own learning rate", (*OURS, "opt.opt=AdamW", "opt.lr=2e-3")),
+    "ours, four stages": Recipe("decoder 128/96/64", (*OURS, "model.decoder_channels=[128,96,64]")),
     "ours, sigma 6 voxels": Recipe("one width of heatmaps for all classes, as published", OURS, sigma_voxel=6),
     "ours, published loss": Recipe("weighted_mse", (*OURS, "loss.name=weighted_mse", "loss.background=0.1")),
     "ours, grid": Recipe("tiles of a grid, as published", (*OURS, "data.sampling.kind=grid")),
@@ -156,7 +158,6 @@ RECIPES = {
         "neither turned nor mirrored in z", (*OURS, "data.augment={rotate_prob: 0, flip_z_prob: 0}")
     ),
     "ours, convnext_atto": Recipe("another backbone", (*OURS, "model.backbone=convnext_atto")),
-    "ours, decoder 256/192/128": Recipe("a wider decoder", (*OURS, "model.decoder_channels=[256,192,128]")),
     "ours, published decoder": Recipe("decoder 1024/768/256", (*OURS, "model.decoder_channels=[1024,768,256]")),
 }
 

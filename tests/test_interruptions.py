@@ -144,11 +144,11 @@ def assert_same_training(one: Path, other: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def undisturbed(prepared_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a training that nothing has disturbed."""
+def undisturbed(prepared_dir: Path, tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Path:
+    """The folder of a training that nothing has disturbed, with the published optimizer or another."""
     cwd = tmp_path_factory.mktemp("undisturbed")
     (cwd / "output").symlink_to(prepared_dir / "output")
-    code, stderr = Training(cwd, *HARD).finish()
+    code, stderr = Training(cwd, *HARD, f"opt.opt={getattr(request, 'param', 'AdamW')}").finish()
     assert code == 0, stderr
     return cwd / "saved_models/tiny"
 
@@ -159,12 +159,13 @@ def test_the_undisturbed_training_has_learnt_something(undisturbed: Path) -> Non
     assert len({row["train/loss"] for row in rows}) == 3
 
 
-def test_killed_again_and_again_it_ends_with_the_same_weights(work: Path, undisturbed: Path) -> None:
+@pytest.mark.parametrize(("undisturbed", "optimizer"), [("AdamW", "AdamW"), ("muon", "muon")], indirect=["undisturbed"])
+def test_killed_again_and_again_it_ends_with_the_same_weights(work: Path, undisturbed: Path, optimizer: str) -> None:
     """Before the first checkpoint, within an epoch, while saving, while validating: wherever the clock strikes."""
     last, rng = work / "saved_models/tiny/last.ckpt", random.Random(7)
     kills = 0
     while True:
-        training = Training(work, *HARD)
+        training = Training(work, *HARD, f"opt.opt={optimizer}")
         before = last.stat().st_mtime_ns if last.exists() else 0
         training.wait_for(lambda before=before: last.exists() and last.stat().st_mtime_ns != before)
         time.sleep(rng.uniform(0, 0.2))

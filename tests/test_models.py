@@ -96,7 +96,7 @@ def by_the_book(net: Timm3d3, family: str, tiles: Tensor) -> Tensor:
     x = F.conv3d(tiles, net.stem.conv.weight, padding=(net.stem.conv.weight.shape[0] // 2, 0, 0))
     x = x.transpose(1, 2).reshape(batch * depth, -1, *x.shape[3:]).contiguous()
     features = []
-    for names, factor, conv3d in zip(STAGES[family], (4, 2, 2, 1), net.conv3ds, strict=True):
+    for names, factor, conv3d in zip(STAGES[family], (4, 2, 2, 1), net.conv3ds, strict=False):
         for name in names:
             x = net.backbone.get_submodule(name)(x)
         volume = x.reshape(batch, depth, *x.shape[1:]).transpose(1, 2).contiguous()
@@ -105,7 +105,8 @@ def by_the_book(net: Timm3d3, family: str, tiles: Tensor) -> Tensor:
         x = volume.transpose(1, 2).reshape(batch * depth, -1, *volume.shape[3:]).contiguous()
         features.append(conv3d(volume))
     y = features.pop()
-    for block, scale in zip(net.decoder.blocks, ((1, 2, 2), (2, 2, 2), (2, 2, 2)), strict=True):
+    scales = ((1, 2, 2), (2, 2, 2), (2, 2, 2))[3 - len(net.decoder.blocks) :]
+    for block, scale in zip(net.decoder.blocks, scales, strict=True):
         for axis, times in enumerate(scale, start=2):
             y = y.repeat_interleave(times, axis)
         y = block.conv2(block.conv1(torch.cat([y, features.pop()], 1)))
@@ -126,6 +127,22 @@ def test_forward_is_the_published_one(family: str, shape: tuple[int, ...]) -> No
         wanted, found = by_the_book(net, family, noise(*shape)), net(noise(*shape))
     assert wanted.std() > 0.01
     torch.testing.assert_close(found, wanted, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("widths", [(12, 8), (8,)], ids=str)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_fewer_widths_leave_out_the_coarse_stages(family: str, widths: tuple[int, ...]) -> None:
+    net = tiny(family, class_num=2, decoder_channels=widths)
+    dropped = STAGES[family][len(widths) + 1 :]
+    present = {name for name, _ in net.backbone.named_modules()}
+    assert dropped and not present & {name for stage in dropped for name in stage}
+    tiles = noise(1, 1, 32, 32, 64)
+    net.train()(tiles).square().mean().backward()
+    assert all(weight.grad is not None for weight in net.parameters() if weight.requires_grad)
+    net.eval()
+    shake(net)
+    with torch.no_grad():
+        torch.testing.assert_close(net(tiles), by_the_book(net, family, tiles), atol=1e-4, rtol=1e-4)
 
 
 def test_state_dict_has_the_published_names() -> None:
@@ -287,8 +304,9 @@ def test_export_with_dynamic_batch() -> None:
         ({"class_num": True}, "class_num"),
         ({"img_depth": 20}, "model.img_depth.*16 x 32 x 32 or 32 x 32 x 32"),
         ({"img_size": "128"}, "img_size"),
-        ({"decoder_channels": [64, 32]}, "3 widths"),
-        ({"decoder_channels": [64, 32, 0]}, "3 widths"),
+        ({"decoder_channels": []}, "1 to 3 widths"),
+        ({"decoder_channels": [64, 48, 32, 16]}, "1 to 3 widths"),
+        ({"decoder_channels": [64, 32, 0]}, "1 to 3 widths"),
         ({"decoder_channel": [64, 32, 16]}, "did you mean 'decoder_channels'"),
     ],
     ids=str,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -190,6 +190,13 @@ def _chain(backbone: nn.Module, ends: list[str]) -> list[str]:
         within = any(end.startswith(f"{name}.") for end in ends)
         paths += [f"{name}.{inner}" for inner, _ in child.named_children()] if within else [name]
     return paths
+
+
+def drop_stages(backbone: nn.Module, stages: Iterable[tuple[str, ...]]) -> None:
+    """Take the modules of stages that are not run out of a backbone, and with them their weights."""
+    for path in (path for stage in stages for path in stage):
+        parent, _, name = path.rpartition(".")
+        delattr(backbone.get_submodule(parent), name)
 
 
 def takes_channels_last(backbone: nn.Module, in_channels: int) -> bool:

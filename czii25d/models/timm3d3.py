@@ -16,6 +16,7 @@ from czii25d.models.decoder import ConvBnRelu, Decoder, pixel_shuffle_3d
 from czii25d.models.encoder import (
     STRIDES,
     create_backbone,
+    drop_stages,
     features_by_stride,
     run_stage,
     split_stages,
@@ -51,6 +52,9 @@ class Timm3d3(nn.Module):
     4     16, 32         1 x 4 x 4                 2 x 4 x 4
     ===== ============== ========================= ======================
 
+    **Fewer stages.** Two decoder widths in place of three leave out the last stage, one leaves out two: what the coarse
+    stages see beyond the size of a particle costs most of the weights.
+
     Parameters
     ----------
     backbone
@@ -62,7 +66,7 @@ class Timm3d3(nn.Module):
     img_depth, img_size
         Nominal tile ``(img_depth, img_size, img_size)``, for those who cut tiles.
     decoder_channels
-        Widths of the decoder's blocks, coarsest first.
+        Widths of the decoder's blocks, coarsest first; the backbone has one stage more than there are blocks.
     pretrained, pretrained_path, drop_path_rate
         See `czii25d.models.encoder.create_backbone`.
 
@@ -97,14 +101,14 @@ class Timm3d3(nn.Module):
         )
         possible = isinstance(drop_path_rate, int | float) and 0 <= drop_path_rate < 1
         _check("drop_path_rate", drop_path_rate, possible, "a number from 0 to below 1")
-        blocks = len(STRIDES) - 1
+        most = len(STRIDES) - 1
         _check(
             "decoder_channels",
             decoder_channels,
             isinstance(decoder_channels, Sequence)
-            and len(decoder_channels) == blocks
+            and 1 <= len(decoder_channels) <= most
             and all(map(_is_count, decoder_channels)),
-            f"{blocks} widths of at least 1",
+            f"1 to {most} widths of at least 1",
         )
         self.img_depth, self.img_size = img_depth, img_size
         check_tile_shape((img_depth, img_size, img_size), "model.img_depth, model.img_size")
@@ -112,9 +116,12 @@ class Timm3d3(nn.Module):
         trunk = create_backbone(backbone, in_channels, pretrained, pretrained_path, drop_path_rate)
         self.stem = SlidingSlicer(in_channels, takes_channels_last(trunk, in_channels))
         self.backbone = trunk
-        self.stages = split_stages(self.backbone, backbone, in_channels, img_size)
+        stages = split_stages(self.backbone, backbone, in_channels, img_size)
+        blocks = len(decoder_channels)
+        self.stages = stages[: blocks + 1]
+        drop_stages(self.backbone, stages[blocks + 1 :])
         features = features_by_stride(trunk)
-        channels = [features[stride][1] for stride in STRIDES]
+        channels = [features[stride][1] for stride in STRIDES[: blocks + 1]]
         scales = [
             (DEPTH_STRIDES[i] // DEPTH_STRIDES[i - 1], STRIDES[i] // STRIDES[i - 1], STRIDES[i] // STRIDES[i - 1])
             for i in range(blocks, 0, -1)
@@ -143,7 +150,9 @@ class Timm3d3(nn.Module):
         x = self.stem(tiles)  # (B * D, slab, H, W)
         features = []
         stride = 1
-        for stage, depth_stride, conv3d in zip(self.stages, DEPTH_STRIDES, self.conv3ds, strict=True):
+        for stage, depth_stride, conv3d in zip(
+            self.stages, DEPTH_STRIDES, self.conv3ds, strict=False
+        ):  # as many as there are
             x = self._run(stage, x)
             x = _pool_depth(x, depth_stride // stride)  # (B * D / depth_stride, C, H / xy_stride, W / xy_stride)
             stride = depth_stride

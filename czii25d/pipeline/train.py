@@ -21,6 +21,7 @@ from lightning.pytorch.callbacks import Callback, ModelCheckpoint, RichProgressB
 from lightning.pytorch.loggers import Logger, WandbLogger
 from omegaconf import DictConfig, OmegaConf
 from timm.optim._optim_factory import create_optimizer_v2, list_optimizers
+from timm.optim._param_groups import param_groups_weight_decay
 from timm.scheduler.scheduler_factory import create_scheduler_v2
 from torch import nn
 
@@ -47,6 +48,7 @@ from czii25d.training.callbacks import (
     WholeFiles,
 )
 from czii25d.training.module import HeatmapModule
+from czii25d.training.muon import Muon
 
 logger = logging.getLogger(__name__)
 
@@ -264,18 +266,20 @@ def start_from(path: str, model: nn.Module, particles: ParticleSet, model_kwargs
 
 
 def optimizer_factory(cfg: DictConfig) -> Any:
-    """Return ``module -> optimizer`` for one of timm's optimizers."""
+    """Return ``module -> optimizer``: Muon, or one of timm's optimizers."""
     name = str(cfg.opt.opt).lower()
-    known = [str(optimizer) for optimizer in list_optimizers()]
+    known = ["muon", *map(str, list_optimizers())]
     if name not in known:
         raise InputError(
             "key opt.opt",
-            "an optimizer of timm",
+            "muon or an optimizer of timm",
             f"'{cfg.opt.opt}'{did_you_mean(name, known)}",
             "choose one",
         )
     if cfg.opt.lr <= 0:
         raise InputError("key opt.lr", "a learning rate above 0", str(cfg.opt.lr), "raise it")
+    if name == "muon":  # ours, not timm's, see czii25d.training.muon
+        return lambda module: Muon(param_groups_weight_decay(module, cfg.opt.weight_decay), cfg.opt.lr)
     # One pass over the weights instead of many; with fp16 Lightning cannot clip gradients that it unscales.
     clips_fp16 = cfg.trainer.gradient_clip_val and str(cfg.trainer.precision) in ("16", "16-mixed")
     fused: Any = {"fused": True} if name in ("adam", "adamw") and not clips_fp16 else {}
