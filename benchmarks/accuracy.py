@@ -144,11 +144,15 @@ RECIPES = {
     "flexible_unet, our optimizer": Recipe("Muon", (*PEER, "loss.mixup=1"), flexible_unet, tile=PEER_TILE),
     "unet": Recipe("MONAI UNet 48/64/80/80, 2nd place", (*PEER, "opt.opt=AdamW", *ADAM), unet, tile=PEER_TILE),
     "unet, our optimizer": Recipe("Muon", PEER, unet, tile=PEER_TILE),
-    # One line each: what becomes worse without it.
+    # One line each: what becomes worse without it, or what was tried and not kept.
     "ours, AdamW": Recipe("AdamW at its own learning rate", (*OURS, "opt.opt=AdamW", "opt.lr=2e-3")),
     "ours, four stages": Recipe("decoder 128/96/64", (*OURS, "model.decoder_channels=[128,96,64]")),
     "ours, sigma 6 voxels": Recipe("one width of heatmaps for all classes, as published", OURS, sigma_voxel=6),
     "ours, published loss": Recipe("weighted_mse", (*OURS, "loss.name=weighted_mse", "loss.background=0.1")),
+    "ours, focal loss": Recipe("focal_mse", (*OURS, "loss.name=focal_mse")),
+    "ours, soft Dice": Recipe("soft_dice", (*OURS, "loss.name=soft_dice")),
+    "ours, stochastic depth": Recipe("model.drop_path_rate=0.1", (*OURS, "model.drop_path_rate=0.1")),
+    "ours, depth 32": Recipe("tiles of 32 x 64 x 64", (*OURS, "model.img_depth=32", "data.batch_size=4")),
     "ours, grid": Recipe("tiles of a grid, as published", (*OURS, "data.sampling.kind=grid")),
     "ours, mixup": Recipe("mixup with probability 0.5, as published", (*OURS, "loss.mixup=0.5")),
     "ours, no EMA": Recipe("the last weights", (*OURS, "model.ema=false")),

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from czii25d.errors import InputError
-from czii25d.losses import Mixer, balanced_mse, create_loss, draw_box, weighted_mse
+from czii25d.losses import LOSSES, Mixer, balanced_mse, create_loss, draw_box, focal_mse, soft_dice, weighted_mse
 
 PREDICTION = torch.tensor([0.2, 0.5, 0.0, 1.0]).reshape(1, 1, 1, 2, 2)
 TARGET = torch.tensor([0.0, 1.0, 0.5, 1.0]).reshape(1, 1, 1, 2, 2)
@@ -20,8 +20,25 @@ def test_balanced_mse_by_hand() -> None:
     assert balanced_mse(PREDICTION, TARGET, 2.0).item() == pytest.approx(0.375 / 2.5 + 2 * 0.165 / 1.5)
 
 
-def test_balanced_mse_without_particles_is_finite() -> None:
-    assert torch.isfinite(balanced_mse(PREDICTION, torch.zeros_like(TARGET)))
+def test_focal_mse_by_hand() -> None:
+    # on: (0.125 * 1 + 0.125 * 0.5) / 2.5; off: (0.008 * 1 + 0.125 * 0.5) / 1.5
+    assert focal_mse(PREDICTION, TARGET, 2.0).item() == pytest.approx(0.1875 / 2.5 + 2 * 0.0705 / 1.5)
+
+
+def test_soft_dice_by_hand() -> None:
+    # p t: 0.5 + 1; t²: 1 + 0.25 + 1; p² (t + 2 (1 - t)): 0.04 * 2 + 0.25 + 0 + 1
+    assert soft_dice(PREDICTION, TARGET, 2.0).item() == pytest.approx(1 - 3 / (2.25 + 1.33))
+    assert soft_dice(TARGET, TARGET).item() == pytest.approx(0)
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_losses_are_finite_without_particles_and_least_at_the_target(name: str) -> None:
+    loss = create_loss(name, 1.0)
+    assert torch.isfinite(loss(PREDICTION, torch.zeros_like(TARGET)))
+    prediction = PREDICTION.clone().requires_grad_()
+    loss(prediction, TARGET).backward()
+    step = 0.05 * prediction.grad / prediction.grad.norm()
+    assert loss(TARGET, TARGET) < loss(prediction - step, TARGET) < loss(prediction, TARGET)
 
 
 def test_unknown_loss_is_refused_with_a_suggestion() -> None:

@@ -16,7 +16,7 @@ from test_mrc import write as write_mrc
 from czii25d.data.regions import read_regions
 from czii25d.errors import InputError
 from czii25d.inference import ArrayVolume, InferenceOptions, pick_volume, predict_heatmap, tiles_of_region
-from czii25d.losses import create_loss, on_labelled
+from czii25d.losses import LOSSES, create_loss, on_labelled
 from czii25d.particles import Particle, ParticleSet
 from czii25d.picks import make_picks
 from czii25d.regions import Region, Selection, is_crowded, is_near
@@ -214,7 +214,7 @@ def test_the_picks_in_a_region_are_those_of_the_whole_and_fewer_tiles_are_predic
 # ---- training --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["weighted_mse", "balanced_mse"])
+@pytest.mark.parametrize("name", LOSSES)
 def test_what_is_not_labelled_has_no_part_in_the_loss(name: str) -> None:
     generator = torch.Generator().manual_seed(0)
     prediction, target = torch.rand(2, 2, 3, 4, 5, 6, generator=generator)
