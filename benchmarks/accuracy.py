@@ -50,6 +50,7 @@ from czii25d.training.module import HeatmapModule
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 EPOCHS = 16  # one of them warm-up, as the published 4 of 64; validation is ours, after the last
 WARM_UP_STEPS = 3
+CALIBRATION = 0.05  # of the budget, spent beforehand to find out how long a step takes
 OVERLAP = 0.25
 CONFIDENCE = 0.95
 
@@ -149,6 +150,16 @@ RECIPES = {
     "ours, four stages": Recipe("decoder 128/96/64", (*OURS, "model.decoder_channels=[128,96,64]")),
     "ours, sigma 6 voxels": Recipe("one width of heatmaps for all classes, as published", OURS, sigma_voxel=6),
     "ours, published loss": Recipe("weighted_mse", (*OURS, "loss.name=weighted_mse", "loss.background=0.1")),
+    "ours, noise": Recipe(
+        "noise added",
+        (
+            *OURS,
+            "data.augment.noise_prob=0.5",
+            "data.augment.noise_range=1.0",
+            "data.augment.noise_tilt=60",
+            "data.augment.noise_pink=1",
+        ),
+    ),
     "ours, focal loss": Recipe("focal_mse", (*OURS, "loss.name=focal_mse")),
     "ours, soft Dice": Recipe("soft_dice", (*OURS, "loss.name=soft_dice")),
     "ours, stochastic depth": Recipe("model.drop_path_rate=0.1", (*OURS, "model.drop_path_rate=0.1")),
@@ -228,17 +239,18 @@ def seconds_per_step(module: HeatmapModule, data: Any, arguments: argparse.Names
     """Return the mean seconds of a training step once memory and kernels are there, the weights left as they are."""
     weights = {name: value.clone() for name, value in module.model.state_dict().items()}
     optimizer = module.create_optimizer(module.model.train())
-    seconds = []
     batches = iter(data.train_dataloader())
-    for _ in range(WARM_UP_STEPS + arguments.calibration):
-        begin = compute_seconds()
+    begin, step = compute_seconds(), 0
+    while step <= WARM_UP_STEPS or compute_seconds() - begin < CALIBRATION * arguments.budget:
+        if step == WARM_UP_STEPS:
+            begin = compute_seconds()
         image, target = (each.to(DEVICE) for each in next(batches))
         module.loss(module.model(image), target).backward()
         optimizer.step()
         optimizer.zero_grad()
-        seconds.append(compute_seconds() - begin)
+        step += 1
     module.model.load_state_dict(weights)
-    return fmean(seconds[WARM_UP_STEPS:])
+    return (compute_seconds() - begin) / (step - WARM_UP_STEPS)
 
 
 def fit(module: HeatmapModule, data: Any, cfg: Any, steps_per_epoch: int) -> None:
@@ -354,7 +366,6 @@ def main() -> None:
     parser.add_argument(
         "--workers", type=int, default=0, help="data.num_workers; 0 on a CPU, where they would not count"
     )
-    parser.add_argument("--calibration", type=int, default=6, help="steps to find out how long one takes")
     parser.add_argument("--work", type=Path, default=Path("accuracy"), help="folder of the results")
     arguments = parser.parse_args()
     arguments.unseen = [(name, Path(path)) for name, _, path in (each.partition("=") for each in arguments.unseen)]

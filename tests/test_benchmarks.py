@@ -54,7 +54,7 @@ def test_recipes_are_trained_once_and_compared(
     monkeypatch.setattr(accuracy, "RECIPES", recipes)
     monkeypatch.setattr(accuracy, "EPOCHS", 2)
     command = ["accuracy.py", str(output), "--held-out=TS_6_4", "--unseen", f"again={output}", "--budget=0.01"]
-    command += ["--calibration=1", "--seeds", "0", "1", f"--work={tmp_path}", "--recipes", *recipes]
+    command += ["--seeds", "0", "1", f"--work={tmp_path}", "--recipes", *recipes]
     monkeypatch.setattr(sys, "argv", command)
     accuracy.main()
     first = capsys.readouterr().out
