@@ -128,8 +128,9 @@ PUBLISHED = (
     "model.ema_warmup=true",
     "data.batch_size=8",
 )
-# The peers' networks, augmentation, optimizer and tiles (as large as a CPU allows); targets, loss and average are ours.
-PEER = (*OURS, "data.sampling.kind=balanced", "data.batch_size=4")
+# The peers' networks, optimizers, mixup and tiles (as large as a CPU allows); all else is ours: turns and flips,
+# balanced sampling, targets, loss, average.
+PEER = (*OURS, "data.batch_size=4")
 ADAM = ("opt.lr=1e-3", "opt.weight_decay=0")
 PEER_TILE = (32, 96, 96)
 
@@ -142,9 +143,14 @@ RECIPES = {
         flexible_unet,
         tile=PEER_TILE,
     ),
-    "flexible_unet, our optimizer": Recipe("Muon", (*PEER, "loss.mixup=1"), flexible_unet, tile=PEER_TILE),
-    "unet": Recipe("MONAI UNet 48/64/80/80, 2nd place", (*PEER, "opt.opt=AdamW", *ADAM), unet, tile=PEER_TILE),
-    "unet, our optimizer": Recipe("Muon", PEER, unet, tile=PEER_TILE),
+    "flexible_unet, trained as ours": Recipe("Muon, mixup 0.5", PEER, flexible_unet, tile=PEER_TILE),
+    "unet": Recipe(
+        "MONAI UNet 48/64/80/80, 2nd place",
+        (*PEER, "opt.opt=AdamW", *ADAM, "loss.mixup=0"),
+        unet,
+        tile=PEER_TILE,
+    ),
+    "unet, trained as ours": Recipe("Muon, mixup 0.5", PEER, unet, tile=PEER_TILE),
     # One line each: what becomes worse without it, or what was tried and not kept.
     "ours, AdamW": Recipe("AdamW at its own learning rate", (*OURS, "opt.opt=AdamW", "opt.lr=2e-3")),
     "ours, four stages": Recipe("decoder 128/96/64", (*OURS, "model.decoder_channels=[128,96,64]")),
@@ -165,7 +171,8 @@ RECIPES = {
     "ours, stochastic depth": Recipe("model.drop_path_rate=0.1", (*OURS, "model.drop_path_rate=0.1")),
     "ours, depth 32": Recipe("tiles of 32 x 64 x 64", (*OURS, "model.img_depth=32", "data.batch_size=4")),
     "ours, grid": Recipe("tiles of a grid, as published", (*OURS, "data.sampling.kind=grid")),
-    "ours, mixup": Recipe("mixup with probability 0.5, as published", (*OURS, "loss.mixup=0.5")),
+    "ours, no mixup": Recipe("loss.mixup=0", (*OURS, "loss.mixup=0")),
+    "ours, mixup always": Recipe("loss.mixup=1", (*OURS, "loss.mixup=1")),
     "ours, no EMA": Recipe("the last weights", (*OURS, "model.ema=false")),
     "ours, 128": Recipe("tiles of 16 x 128 x 128", (*OURS, "model.img_size=128", "data.batch_size=2")),
     "ours, global": Recipe("the published constants for normalisation", (*OURS, "data.normalization=global")),
