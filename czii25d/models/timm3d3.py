@@ -150,9 +150,8 @@ class Timm3d3(nn.Module):
         x = self.stem(tiles)  # (B * D, slab, H, W)
         features = []
         stride = 1
-        for stage, depth_stride, conv3d in zip(
-            self.stages, DEPTH_STRIDES, self.conv3ds, strict=False
-        ):  # as many as there are
+        depth_strides = DEPTH_STRIDES[: len(self.stages)]
+        for stage, depth_stride, conv3d in zip(self.stages, depth_strides, self.conv3ds, strict=True):
             x = self._run(stage, x)
             x = _pool_depth(x, depth_stride // stride)  # (B * D / depth_stride, C, H / xy_stride, W / xy_stride)
             stride = depth_stride
