@@ -350,15 +350,17 @@ def print_tables(results: Mapping[str, list[dict[str, Any]]], against: str) -> N
         ]
         print(f"| {recipe} | {' | '.join(cells)} |")
     if against in results and len(results) > 1:
-        print(f"\n| F4 less that of {against} | mean of all data |\n|---|---|")
+        columns = [f"F4 less that of {against}", *data, "mean of all"]
+        print(f"\n| {' | '.join(columns)} |\n|{'---|' * len(columns)}")
         for recipe, runs in results.items():
             pairs = [
-                fmean(a["scores"][name]["total"] - b["scores"][name]["total"] for name in a["scores"])
+                {name: a["scores"][name]["total"] - b["scores"][name]["total"] for name in data}
                 for a, b in itertools.product(runs, results[against])
                 if a["seed"] == b["seed"]
             ]
             if recipe != against and pairs:
-                print(f"| {recipe} | {interval(pairs)} |")
+                cells = [interval([pair[name] for pair in pairs]) for name in data]
+                print(f"| {' | '.join([recipe, *cells, interval([fmean(pair.values()) for pair in pairs])])} |")
 
 
 def main() -> None:

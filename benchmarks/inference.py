@@ -168,8 +168,7 @@ def score_table(volume: Volume, checkpoint: Path, solution: Path, folder: Path) 
     print(
         "| tile | overlap | runtime | s | F4, the checkpoint's thresholds | F4, the best |\n|---|---|---|---|---|---|"
     )
-    depth, size = card.model["img_depth"], card.model["img_size"]
-    own = (depth, size, size)
+    own = depth, size, _ = card.tile_shape
     fastest = "torch bf16" if torch.cuda.is_available() else "openvino bf16"
     settings = [(own, overlap, fastest) for overlap in OVERLAPS]
     settings += [(tile, 0.25, fastest) for tile in ((depth, 2 * size, 2 * size), (2 * depth, size, size))]

@@ -9,6 +9,9 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
 
 
+INPUT_ERROR = 2  # the exit status of a script that ends with one
+
+
 class InputError(ValueError):
     """Something the user gave is not what was expected; the message is one line and names the cure.
 

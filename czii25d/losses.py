@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -83,8 +84,8 @@ def on_labelled(loss: Loss) -> Loss:
     return labelled_loss
 
 
-def create_loss(name: str, background: float) -> Loss:
-    """Return the loss called ``name`` as a function of prediction and target.
+def create_loss(name: str, background: float | None = None) -> Loss:
+    """Return the loss called ``name`` as a function of prediction and target; ``background=None`` is its own.
 
     Raises
     ------
@@ -98,10 +99,10 @@ def create_loss(name: str, background: float) -> Loss:
             f"'{name}'{did_you_mean(name, LOSSES)}",
             "choose one",
         )
-    if background < 0:
+    if background is not None and background < 0:
         raise InputError("key loss.background", "a weight of at least 0", str(background), "raise it")
     loss = LOSSES[name]
-    return lambda prediction, target: loss(prediction, target, background)
+    return loss if background is None else partial(loss, background=background)
 
 
 class Mixer:

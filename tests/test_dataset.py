@@ -1,9 +1,9 @@
 from __future__ import annotations
 
 import json
-import logging
 import pickle
 import shutil
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -252,7 +252,23 @@ def test_grid_is_the_published_half_overlapping_one(opened) -> None:
     dataset = TileDataset(volumes, targets, (16, 24, 20), Sampling("grid"), OFF)
     # (24, 40, 56) by 16x24x20 with half overlap: 2 x 3 x 5 (the last tiles end flush), for three runs
     assert len(dataset) == 3 * 2 * 3 * 5
-    assert len(TileDataset(volumes, targets, (16, 24, 20), Sampling("grid", samples_per_epoch=7), OFF)) == 7
+
+
+def test_short_epochs_go_through_the_whole_grid(opened) -> None:
+    volumes, targets = opened
+    whole = TileDataset(volumes, targets, (16, 24, 20), Sampling("grid"), OFF)
+    short = TileDataset(volumes, targets, (16, 24, 20), Sampling("grid", samples_per_epoch=7), OFF)
+    tiles = len(whole)
+    assert len(short) == 7 and tiles > 5 * 7
+    for number in range(3):
+        keys = range(number * tiles, (number + 1) * tiles)
+        seen = [short._grid_tile(key) for key in keys]
+        assert sorted(seen) == sorted(whole._grid), "each tile once in every pass"
+        assert len({run for run, _ in seen[:7]}) > 1, "an epoch is not of one tomogram alone"
+    orders = [[short._grid_tile(number * tiles + i) for i in range(tiles)] for number in range(2)]
+    assert orders[0] != orders[1], "another order in every pass"
+    again = TileDataset(volumes, targets, (16, 24, 20), Sampling("grid", samples_per_epoch=7), OFF)
+    assert again._grid_tile(2 * tiles + 3) == short._grid_tile(2 * tiles + 3), "whatever was asked for before"
 
 
 def test_balanced_sampling_shows_each_class_alike(opened) -> None:
@@ -352,8 +368,8 @@ def test_missing_steps_name_the_script(prepared_dir: Path) -> None:
         make_module(prepared_dir, train_runs=("TS_nowhere",))
 
 
-def test_particles_without_picks_are_an_error_or_a_warning(opened, caplog: pytest.LogCaptureFixture) -> None:
-    _, targets = opened
+def test_particles_without_picks_are_an_error(opened) -> None:
+    volumes, targets = opened
     particles = load_particles()
     ribosome = particles.names.index("ribosome")
 
@@ -361,12 +377,9 @@ def test_particles_without_picks_are_an_error_or_a_warning(opened, caplog: pytes
         keep = target.channels != ribosome
         return replace(target, centers_zyx_voxel=target.centers_zyx_voxel[keep], channels=target.channels[keep])
 
-    bare = [without(target) for target in targets]
-    with pytest.raises(InputError, match=r"picks of each of the 6 particles, found none of ribosome in any run"):
-        check_classes(bare[:2], bare[2:], particles)
-    logging.getLogger("czii25d").propagate = True
-    check_classes(bare[:2], targets[2:], particles)
-    assert "no training run has picks of ribosome" in caplog.text
-    caplog.clear()
-    check_classes(targets[:1], bare[1:], particles)
-    assert not caplog.text
+    def present(used: Sequence[HeatmapTarget]) -> set[int]:
+        return TileDataset(volumes[: len(used)], used, TILE, Sampling("grid"), OFF).present_channels
+
+    check_classes(present([targets[0], without(targets[1])]), particles)
+    with pytest.raises(InputError, match=r"picks of each of the 6 particles.*found none of ribosome; hold out another"):
+        check_classes(present([without(target) for target in targets]), particles)

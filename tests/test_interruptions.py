@@ -284,11 +284,18 @@ def test_many_skipped_steps_stop_the_training_and_leave_the_checkpoint(
 ) -> None:
     monkeypatch.setattr(HeatmapModule, "PATIENCE", 5)
     poison(monkeypatch, range(3, 100))
-    with pytest.raises(InputError, match=r"step \d+.*finite loss.*none for 5 steps.*opt\.lr.*is kept"):
+    with pytest.raises(InputError, match=r"step \d+.*finite loss.*none for 5 steps.*opt\.lr.*last\.ckpt.*is of before"):
         train(compose("trainer.max_epochs=60", "data.train_all=true", "save_every_minutes=0"))
     last = work / "saved_models/tiny/last.ckpt"
     assert torch.load(last, weights_only=True)["global_step"] == 3, "nothing is written while steps are skipped"
     load_checkpoint(last)
+
+
+def test_a_short_training_without_a_step_is_no_success(work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    poison(monkeypatch, range(100))
+    with pytest.raises(InputError, match=r"epoch 2, step \d+.*none for 4 steps"):
+        train(compose("trainer.max_epochs=2", "data.train_all=true"))
+    assert not (work / "saved_models/tiny/last.ckpt").exists()
 
 
 def test_a_learning_rate_that_is_far_too_high_stops_the_training(work: Path) -> None:

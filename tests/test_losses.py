@@ -41,6 +41,12 @@ def test_losses_are_finite_without_particles_and_least_at_the_target(name: str) 
     assert loss(TARGET, TARGET) < loss(prediction - step, TARGET) < loss(prediction, TARGET)
 
 
+@pytest.mark.parametrize(("name", "own"), [("weighted_mse", 0.1), ("balanced_mse", 1.0), ("soft_dice", 1.0)])
+def test_a_loss_has_a_background_of_its_own(name: str, own: float) -> None:
+    assert create_loss(name)(PREDICTION, TARGET) == create_loss(name, own)(PREDICTION, TARGET)
+    assert create_loss(name)(PREDICTION, TARGET) != create_loss(name, 0.5)(PREDICTION, TARGET)
+
+
 def test_unknown_loss_is_refused_with_a_suggestion() -> None:
     with pytest.raises(InputError, match=r"loss\.name.*did you mean 'weighted_mse'"):
         create_loss("weightd_mse", 0.1)

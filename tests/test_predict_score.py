@@ -250,6 +250,19 @@ def test_a_folder_of_trainings_gives_the_best_of_each(tmp_path: Path) -> None:
     assert find_network_files(str(tmp_path / "fold_a")) == [tmp_path / "fold_a/best.ckpt"]
 
 
+def test_a_soup_beside_trainings_does_not_stand_for_them(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("a/best.ckpt", "b/best.ckpt", "unfinished/last.ckpt", "soup/soup.safetensors", "old_soup.safetensors"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    monkeypatch.setattr(predict_module.logger.parent, "propagate", True)
+    assert find_network_files(str(tmp_path)) == [tmp_path / "a/best.ckpt", tmp_path / "b/best.ckpt"]
+    assert "without unfinished, which has no best.ckpt" in caplog.text
+    assert find_network_files(str(tmp_path / "soup")) == [tmp_path / "soup/soup.safetensors"]
+    assert find_network_files(str(tmp_path / "unfinished")) == [tmp_path / "unfinished/last.ckpt"]
+
+
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [

@@ -19,7 +19,7 @@ from czii25d.models.checkpoint import ModelCard, copy_weights, load_checkpoint, 
 from czii25d.models.soup import average_weights, greedy_soup
 from czii25d.particles import load_particles
 from czii25d.pipeline.app import load_config
-from czii25d.pipeline.soup import make_soup
+from czii25d.pipeline.soup import judge, make_soup
 from czii25d.pipeline.train import train
 
 MODEL = {
@@ -67,9 +67,15 @@ def test_a_soup_is_the_mean_and_forgets_thresholds(tmp_path: Path) -> None:
 def test_what_does_not_fit_together_is_not_averaged(tmp_path: Path) -> None:
     save_weights(tmp_path / "a.safetensors", network(0), card())
     turned = dict(reversed(list(card().particles.items())))
-    for name, changes in (("order", {"particles": turned}), ("spacing", {"voxel_spacing": (5.0, 5.0, 5.0)})):
+    for name, changes in {
+        "order": {"particles": turned},
+        "spacing": {"voxel_spacing": (5.0, 5.0, 5.0)},
+        "grey": {"contrast": "bright"},
+    }.items():
         save_weights(tmp_path / f"{name}.safetensors", network(1), card(**changes))
-        with pytest.raises(InputError, match=rf"{name}\.safetensors: expected the (particles|voxel_spacing) of"):
+        with pytest.raises(
+            InputError, match=rf"{name}\.safetensors: expected the (particles|voxel_spacing|contrast) of"
+        ):
             soup([tmp_path / "a.safetensors", tmp_path / f"{name}.safetensors"], tmp_path / "soup.safetensors")
     with pytest.raises(InputError, match="at least two"):
         soup([tmp_path / "a.safetensors"], tmp_path / "soup.safetensors")
@@ -87,13 +93,29 @@ def test_a_greedy_soup_takes_what_helps_and_leaves_what_does_not() -> None:
     assert torch.equal(average_weights([states[i] for i in chosen])["count"], torch.tensor(3))
 
 
+class Dark(torch.nn.Module):
+    """Finds every particle in every dark blob."""
+
+    def forward(self, tiles: torch.Tensor) -> torch.Tensor:
+        return 0.2 * tiles.neg().clamp_min(0).expand(-1, 6, -1, -1, -1)
+
+
+def test_a_greedy_soup_is_judged_in_the_regions(work: Path) -> None:
+    """At low x lie two apo-ferritins and one thyroglobulin, 3 of 7 by weight: nothing elsewhere counts."""
+    everywhere, there = (
+        judge(load_config("soup", ["checkpoints=none", *key]), Dark(), card(fold=["TS_6_4"]))({})
+        for key in ([], ["regions={TS_6_4: {x: [0, 150]}}"])
+    )
+    assert 0.3 < there <= 3 / 7 < everywhere
+
+
 def test_a_training_keeps_its_best_and_they_make_a_soup(work: Path) -> None:
     train(compose("trainer.max_epochs=4", "data.fold_id=TS_6_4", "keep_best=2"))
     top = work / "saved_models/tiny/top"
     assert len(list(top.iterdir())) == 2
     result = run_script("13_soup.py", f"checkpoints={top}", "method=greedy", "infer.device=cpu", cwd=work)
     assert "greedy soup of" in result.stderr and "12_fit_thresholds.py" in result.stderr
-    net, own = load_checkpoint(work / "saved_models/soup.safetensors")
+    net, own = load_checkpoint(work / "saved_models/soup/soup.safetensors")
     assert own.fold == ["TS_6_4"] and own.thresholds is None
     assert bool(net(torch.zeros(1, 1, 16, 32, 32)).isfinite().all())
 

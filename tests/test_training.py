@@ -22,9 +22,10 @@ from czii25d.data.datamodule import TomogramDataModule
 from czii25d.data.dataset import Delivery
 from czii25d.data.predictions import read_predictions
 from czii25d.errors import InputError
+from czii25d.metrics import DEFAULT_THRESHOLD
 from czii25d.models.checkpoint import load_checkpoint, read_card
-from czii25d.particles import conf_dir
-from czii25d.picks import read_picks_csv
+from czii25d.particles import conf_dir, load_particles
+from czii25d.picks import above_thresholds, read_picks_csv
 from czii25d.pipeline.train import changed_keys, is_logged_in_to_wandb, train
 
 TINY = [
@@ -95,21 +96,18 @@ def test_one_fold_leaves_what_it_promises(work: Path) -> None:
 
 def test_regions_restrict_what_is_learned_and_judged(work: Path) -> None:
     """Labels that are wrong, but outside the region, change nothing; nor do picks there count."""
-    region = "regions={TS_5_4: {x: [0, 300]}, TS_69_2: {x: [0, 300]}, TS_6_4: {y: [0, 200], margin: 10}}"
+    region = "regions={TS_5_4: {x: [0, 300]}, TS_69_2: {x: [0, 560]}, TS_6_4: {y: [0, 200], margin: 10}}"
     base = [region, "trainer.max_epochs=1", "data.fold_id=TS_6_4", "loss.mixup=0.5", "data.sampling.kind=balanced"]
     score = train(compose(*base))
     before = weights(work / "saved_models/tiny/last.ckpt")
     assert score is not None and np.isfinite(score)
-    for run in ("TS_5_4", "TS_69_2"):
-        group = zarr.open_group(str(work / f"output/heatmaps/{run}.zarr"))
-        recipe = dict(group.attrs["czii25d"])
-        end = {
-            name: 300 + 4 * sigma for name, sigma in recipe["sigma_angstrom"].items()
-        }  # what lies beyond is not seen
-        near = {name: [row for row in rows if row[0] < end[name]] for name, rows in recipe["picks"].items()}
-        assert sum(map(len, near.values())) < 9
-        wrong = {name: [*rows, [end[name] + 5, 100.0, 90.0]] for name, rows in near.items()}
-        group.attrs["czii25d"] = {**recipe, "picks": wrong}
+    group = zarr.open_group(str(work / "output/heatmaps/TS_5_4.zarr"))
+    recipe = dict(group.attrs["czii25d"])
+    end = {name: 300 + 4 * sigma for name, sigma in recipe["sigma_angstrom"].items()}  # what lies beyond is not seen
+    near = {name: [row for row in rows if row[0] < end[name]] for name, rows in recipe["picks"].items()}
+    assert sum(map(len, near.values())) < 9
+    wrong = {name: [*rows, [end[name] + 5, 100.0, 90.0]] for name, rows in near.items()}
+    group.attrs["czii25d"] = {**recipe, "picks": wrong}
     train(compose(*base, "resume=false"))
     after = weights(work / "saved_models/tiny/last.ckpt")
     assert all(torch.equal(before[key], after[key]) for key in before)
@@ -120,6 +118,12 @@ def test_regions_restrict_what_is_learned_and_judged(work: Path) -> None:
     )
     with pytest.raises(InputError, match=r"TS_5_4.*a region with a voxel beyond its margin"):
         train(compose("regions={TS_5_4: {y: [0, 60], margin: 60}}", "resume=false", "data.fold_id=TS_6_4"))
+    with pytest.raises(InputError, match=r"picks of each of the 6 particles, within the regions, found none of apo"):
+        train(
+            compose(
+                "regions={TS_5_4: {x: [500, 560]}, TS_69_2: {x: [500, 560]}}", "resume=false", "data.fold_id=TS_6_4"
+            )
+        )
 
 
 def test_the_average_is_what_is_judged_and_shipped(work: Path) -> None:
@@ -170,6 +174,78 @@ def test_resume_with_other_settings_is_refused(work: Path) -> None:
     with pytest.raises(InputError, match=r"opt\.lr: 0\.001 -> 0\.01.*resume=false"):
         train(compose("trainer.max_epochs=2", "opt.lr=0.01"))
     assert changed_keys(compose(), compose("data.num_workers=3", "trainer.max_epochs=9")) == []
+
+
+def test_resume_with_other_data_of_the_same_names_is_refused(work: Path) -> None:
+    train(compose("trainer.max_epochs=1"))
+    group = zarr.open_group(str(work / "output/heatmaps/TS_5_4.zarr"))
+    recipe = dict(group.attrs["czii25d"])
+    sigmas = {name: sigma * 1.5 for name, sigma in recipe["sigma_angstrom"].items()}
+    group.attrs["czii25d"] = {**recipe, "sigma_angstrom": sigmas}
+    with pytest.raises(InputError, match=r"resume: expected the content of the runs.*restore the data"):
+        train(compose("trainer.max_epochs=2"))
+
+
+def test_a_training_that_is_prolonged_follows_the_longer_schedule(work: Path) -> None:
+    """The learning rate is that of the new settings where the training stands, not the old schedule's end."""
+    train(compose("trainer.max_epochs=2"))
+    train(compose("trainer.max_epochs=4"))
+    schedule = cosine(4)
+    state = torch.load(work / "saved_models/tiny/last.ckpt", weights_only=True)
+    steps = state["global_step"]
+    assert steps == 8, "two batches in each of four epochs"
+    assert state["optimizer_states"][0]["param_groups"][0]["lr"] == pytest.approx(schedule(steps), abs=1e-12)
+    train(compose("trainer.max_epochs=8"))
+    mid = torch.load(work / "saved_models/tiny/last.ckpt", weights_only=True)
+    assert mid["global_step"] == 16 and mid["schedule_epochs"] == 8
+    train(compose("trainer.max_epochs=16", "trainer.max_steps=24"))
+    cut = torch.load(work / "saved_models/tiny/last.ckpt", weights_only=True)
+    assert cut["optimizer_states"][0]["param_groups"][0]["lr"] == pytest.approx(cosine(16)(24))
+    assert cosine(16)(24) > 1e-4, "where the old schedule had long ended"
+
+
+def cosine(epochs: int, steps_per_epoch: int = 2, warmup: int = 2, peak: float = 1e-3) -> Callable[[int], float]:
+    """Return step -> learning rate: a linear rise, then half a period of the cosine of the whole training."""
+    total = epochs * steps_per_epoch
+    return lambda step: peak * (step / warmup if step < warmup else 0.5 * (1 + np.cos(np.pi * min(step / total, 1))))
+
+
+@pytest.mark.parametrize("name", ["", "..", "/tmp/elsewhere", "a/../.."])
+def test_a_training_does_not_empty_what_is_not_its_own(work: Path, name: str) -> None:
+    (work / "saved_models").mkdir()
+    (work / "saved_models/precious").touch()
+    with pytest.raises(InputError, match=r"wandb\.name"):
+        train(compose("trainer.max_epochs=1", "resume=false", f"wandb.name='{name}'"))
+    assert (work / "saved_models/precious").exists()
+
+
+def test_thresholds_of_the_validation_before_are_judged_as_they_were(work: Path) -> None:
+    """``val/fbeta_fixed`` is the score at the thresholds of the last checkpoint but one, the default at first."""
+    every = "data.fold_id=TS_6_4"
+    train(compose("trainer.max_epochs=1", every))
+    folder = work / "saved_models/tiny"
+    before = read_card(folder / "last.ckpt")
+    judged, solution = (
+        read_picks_csv(folder / "held_out/scored_picks.csv", scored=True),
+        read_picks_csv(folder / "held_out/solution.csv"),
+    )
+    first = dict.fromkeys(load_particles().names, DEFAULT_THRESHOLD)
+    assert float(last_row(folder)["val/fbeta_fixed"]) == pytest.approx(
+        czii25d.score(solution, above_thresholds(judged, first)), abs=1e-6
+    )
+    assert abs(float(last_row(folder)["val/fbeta_fixed"]) - float(last_row(folder)["val/fbeta"])) > 0.01
+    train(compose("trainer.max_epochs=2", every))
+    judged = read_picks_csv(folder / "held_out/scored_picks.csv", scored=True)
+    after = read_card(folder / "last.ckpt")
+    assert before is not None and after is not None and before.thresholds != after.thresholds
+    for name, thresholds in (("val/fbeta_fixed", before.thresholds), ("val/fbeta", after.thresholds)):
+        kept = above_thresholds(judged, thresholds)
+        expected = czii25d.score(solution, kept)  # the file's scores are rounded
+        assert float(last_row(folder)[name]) == pytest.approx(expected, abs=1e-3), name
+
+
+def last_row(folder: Path) -> dict[str, str]:
+    return list(csv.DictReader((folder / "metrics.csv").open()))[-1]
 
 
 def test_training_goes_on_from_given_weights(work: Path) -> None:

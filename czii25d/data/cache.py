@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
 from typing import Literal, get_args
 
 import numpy as np
@@ -16,6 +18,7 @@ from czii25d.errors import InputError
 
 Cache = Literal["auto", "device", "host", "disk"]
 DEVICE_SHARE = 0.25  # of a GPU's free memory that volumes may take; the rest is the training's
+CGROUPS = Path("/sys/fs/cgroup")
 HOST_SHARE = 0.5  # of the machine's memory
 
 
@@ -70,5 +73,15 @@ def load_volumes(volumes: Sequence[Volume], cache: Cache, device: torch.device) 
 
 
 def host_memory() -> int:
-    """Return the bytes of this machine's memory."""
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    """Return the bytes of memory that this process may have: the machine's, or less where a cgroup says so.
+
+    Containers and SLURM's jobs have such limits (https://docs.kernel.org/admin-guide/cgroup-v2.html).
+    """
+    limits = [os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")]
+    with suppress(OSError):
+        lines = Path("/proc/self/cgroup").read_text().splitlines()
+        own = next((line.split("::", 1)[1].lstrip("/") for line in lines if line.startswith("0::")), "")
+        for folder in (CGROUPS / own, *(CGROUPS / own).parents):
+            if folder.is_relative_to(CGROUPS) and (limit := folder / "memory.max").is_file():
+                limits += [int(text) for text in limit.read_text().split() if text.isdigit()]  # or "max"
+    return min(limits)

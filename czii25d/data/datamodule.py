@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import signal
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
 import lightning as L
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
@@ -148,7 +150,6 @@ class TomogramDataModule(L.LightningDataModule):
                     f"{target.shape}",
                     "run 02_create_mask.py again",
                 )
-        check_classes([target for _, target in train], [target for _, target in self.held_out], particles)
         selections = [
             None if regions is None else regions.select(volume.name, volume.shape, volume.voxel_spacing)
             for volume, _ in (*train, *self.held_out)
@@ -182,6 +183,8 @@ class TomogramDataModule(L.LightningDataModule):
             ],
         )
 
+        check_classes(self.dataset.present_channels, particles)
+
     def setup(self, stage: str) -> None:
         """Bring the volumes to where tiles are cut from them, as Lightning asks before a training."""
         if stage == "fit":
@@ -191,10 +194,15 @@ class TomogramDataModule(L.LightningDataModule):
         """Prepare for a training on a device: tiles are made there."""
         size = sum(volume.data.nbytes for volume in self.dataset.all_volumes)
         free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else None
-        cache, why = choose_cache(self.cache, size, free, host_memory())
+        host = host_memory() // (self.trainer.num_devices if self.trainer else 1)  # each process has its own copy
+        cache, why = choose_cache(self.cache, size, free, host)
+        try:
+            voxels = load_volumes(self.dataset.all_volumes, cache, device)
+        except torch.OutOfMemoryError:  # free, but in pieces, or taken meanwhile
+            cache, why = choose_cache(self.cache, size, 0, host)
+            voxels = load_volumes(self.dataset.all_volumes, cache, device)
         if why:
             logger.info("data.cache=%s: %s", cache, why)
-        voxels = load_volumes(self.dataset.all_volumes, cache, device)
         on_device = cache == "device"
         self._on_device = voxels if on_device else []
         if not on_device:
@@ -245,7 +253,18 @@ class TomogramDataModule(L.LightningDataModule):
             "training runs": [target.run for target in self.dataset.targets],
             "held-out runs": [target.run for _, target in self.held_out],
             "number of samples": len(self.dataset),
+            "content of the runs": self._fingerprint(),
         }
+
+    def _fingerprint(self) -> str:
+        """Tell data from others of the same names, without reading voxels."""
+        own = [*zip(self.dataset.volumes, self.dataset.targets, strict=True), *self.held_out]
+        told = hashlib.sha256()
+        for volume, target in own:
+            told.update(repr((volume.shape, volume.mean, volume.std, volume.voxel_spacing)).encode())
+            told.update(np.ascontiguousarray(target.centers_zyx_voxel).tobytes())
+            told.update(target.channels.astype(np.int64).tobytes() + target.sigma_voxel.tobytes())
+        return told.hexdigest()[:12]
 
     def train_dataloader(self) -> DataLoader:
         """Return the loader of batches, `on_after_batch_transfer` makes images and heatmaps of them.
@@ -281,23 +300,17 @@ class TomogramDataModule(L.LightningDataModule):
         return DataLoader(positions, batch_size=None) if self.held_out else []
 
 
-def check_classes(train: Sequence[HeatmapTarget], held_out: Sequence[HeatmapTarget], particles: ParticleSet) -> None:
-    """Refuse particles without a pick in any run, and warn of those that only held-out runs have."""
-
-    def names_in(targets: Sequence[HeatmapTarget]) -> set[str]:
-        return {particles.names[int(channel)] for target in targets for channel in target.channels}
-
-    absent = [name for name in particles.names if name not in names_in([*train, *held_out])]
+def check_classes(present: Collection[int], particles: ParticleSet) -> None:
+    """Refuse particles without a pick, where the training runs are labelled; ``present`` are the channels that have."""
+    absent = [name for channel, name in enumerate(particles.names) if channel not in present]
     if absent:
         raise InputError(
-            "training data",
-            f"picks of each of the {len(particles)} particles",
-            f"none of {', '.join(absent)} in any run",
-            "add runs that have them, or leave them out of the particles and run 02_create_mask.py again",
+            "training runs",
+            f"picks of each of the {len(particles)} particles, within the regions",
+            f"none of {', '.join(absent)}",
+            "hold out another run (data.fold_id), add runs that have them, "
+            "or leave them out of the particles and run 02_create_mask.py again",
         )
-    unseen = [name for name in particles.names if name not in names_in(train)]
-    if unseen:
-        logger.warning("no training run has picks of %s: this fold cannot learn them", ", ".join(unseen))
 
 
 def leave_signals_to_the_trainer(worker: int) -> None:

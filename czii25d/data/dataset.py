@@ -39,7 +39,8 @@ class Sampling:
     particle_prob
         For ``"balanced"``: the probability that a tile is cut about a particle.
     samples_per_epoch
-        ``None``: as many as the grid has tiles.
+        ``None``: as many as the grid has tiles. Of a grid with another number of tiles, an epoch goes on where the
+        one before ended, in an order drawn anew for every pass over the grid.
     """
 
     kind: Literal["grid", "balanced"] = "grid"
@@ -118,6 +119,7 @@ class TileDataset(Dataset[tuple[Tensor, Tensor]]):
             if self._is_labelled(run, np.array(start))
         ]
         labelled = [_are_labelled(target, region) for target, region in zip(targets, self.regions, strict=True)]
+        self._pass_order: tuple[int, NDArray[np.int_]] = (-1, np.empty(0, int))  # the grid's, in that pass
         self._pasting = Pasting(targets, labelled) if augmentation.paste_prob else None
         particles = [
             (int(channel), (run, center))
@@ -129,6 +131,11 @@ class TileDataset(Dataset[tuple[Tensor, Tensor]]):
         self._of_class: dict[int, list[tuple[int, NDArray[np.float64]]]] = {int(each): [] for each in self._present}
         for channel, place in particles:
             self._of_class[channel].append(place)
+
+    @property
+    def present_channels(self) -> set[int]:
+        """The particles that have a pick where these runs are labelled."""
+        return set(map(int, self._present))
 
     def __len__(self) -> int:
         return self.sampling.samples_per_epoch or len(self._grid)
@@ -170,7 +177,7 @@ class TileDataset(Dataset[tuple[Tensor, Tensor]]):
     def _draw(self, key: int) -> Tile:
         epoch, index = divmod(key, len(self))
         rng = np.random.default_rng((self.seed, epoch, index))
-        run, center = self._draw_center(index, rng)
+        run, center = self._draw_center(key, rng)
         volume, target = self.volumes[run], self.targets[run]
         pose = self.augmentation.draw_pose(center, rng, volume.voxel_spacing)
         intensity = self.augmentation.draw_intensity(rng)
@@ -195,12 +202,20 @@ class TileDataset(Dataset[tuple[Tensor, Tensor]]):
             self.regions[run],
         )
 
-    def _draw_center(self, index: int, rng: np.random.Generator) -> tuple[int, tuple[float, float, float]]:
+    def _grid_tile(self, key: int) -> tuple[int, tuple[int, ...]]:
+        if self.sampling.samples_per_epoch is None:
+            return self._grid[key % len(self._grid)]
+        number, index = divmod(key, len(self._grid))
+        if self._pass_order[0] != number:
+            self._pass_order = number, np.random.default_rng((self.seed, number)).permutation(len(self._grid))
+        return self._grid[self._pass_order[1][index]]
+
+    def _draw_center(self, key: int, rng: np.random.Generator) -> tuple[int, tuple[float, float, float]]:
         """Draw a run and where in it the middle of a tile lies; the unturned tile is inside the volume."""
         tile = np.array(self.tile_shape)
         half = (tile - 1) / 2
         if self.sampling.kind == "grid":
-            run, start = self._grid[index % len(self._grid)]
+            run, start = self._grid_tile(key)
             jitter = rng.integers(-(tile // 4), tile // 4 + 1)
             middle = np.array(start) + half + (jitter if self._is_labelled(run, start + jitter) else 0)
         elif len(self._present) and rng.random() < self.sampling.particle_prob:

@@ -2,7 +2,7 @@
 
 from czii25d.inference.ensemble import Ensemble, Member, Predictor, View, merge_slabs
 from czii25d.inference.options import NMS_RADIUS_FACTOR, InferenceOptions
-from czii25d.inference.picking import pick_heatmap, pick_slabs, pick_volume, tiles_of_region
+from czii25d.inference.picking import pick_heatmap, pick_selected, pick_slabs, pick_volume, tiles_of_region
 from czii25d.inference.sliding import ArrayVolume, Planes, predict_heatmap, predict_slabs
 
 __all__ = [
@@ -16,6 +16,7 @@ __all__ = [
     "View",
     "merge_slabs",
     "pick_heatmap",
+    "pick_selected",
     "pick_slabs",
     "pick_volume",
     "predict_heatmap",

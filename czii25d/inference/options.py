@@ -78,6 +78,12 @@ class InferenceOptions:
         d, h, w = (side - 2 * rim for side, rim in zip(self.tile_shape, self.margin, strict=True))
         return d, h, w
 
+    def nms_radius_by_name(self, particles: ParticleSet) -> dict[str, float] | None:
+        """Return the angstroms that were given, particle by particle; ``None`` where none were."""
+        if self.nms_radius is None or isinstance(self.nms_radius, Mapping):
+            return None if self.nms_radius is None else dict(self.nms_radius)
+        return dict.fromkeys(particles.names, float(self.nms_radius))
+
     def nms_radius_voxel(self, particles: ParticleSet, voxel_spacing: Spacing3D) -> NDArray[np.float64]:
         """Return ``(C, 3)``, along z, y, x."""
         given = self.nms_radius

@@ -78,6 +78,21 @@ def pick_volume(
     return pick_slabs((slab for _, slab in slabs), particles, options, voxel_spacing, offset_voxel)
 
 
+def pick_selected(
+    volume: Planes,
+    predictor: Predictor,
+    particles: ParticleSet,
+    options: InferenceOptions,
+    voxel_spacing: Spacing3D,
+    offset_voxel: float,
+    selection: Selection | None,
+) -> pd.DataFrame:
+    """Pick what a selection asks for of a tomogram, all without one; nothing else is predicted."""
+    wanted = tiles_of_region(selection, particles, options, voxel_spacing)
+    picks = pick_volume(volume, predictor, particles, options, voxel_spacing, offset_voxel, wanted=wanted)
+    return picks if selection is None else selection.keep(picks)[0]
+
+
 def tiles_of_region(
     selection: Selection | None, particles: ParticleSet, options: InferenceOptions, voxel_spacing: Spacing3D
 ) -> Wanted | None:

@@ -24,7 +24,7 @@ from czii25d.contrast import Contrast
 from czii25d.data.volumes import Normalization
 from czii25d.errors import InputError
 from czii25d.files import write_aside
-from czii25d.geometry import PUBLISHED_OFFSET_VOXEL, Spacing3D
+from czii25d.geometry import PUBLISHED_OFFSET_VOXEL, Shape3D, Spacing3D
 from czii25d.models import ARCHITECTURES, create_model
 from czii25d.particles import ParticleSet, load_particles
 
@@ -99,6 +99,12 @@ class ModelCard:
             table: Mapping[str, float] | None = getattr(self, key)
             valid = table is None or (set(table) <= set(names) and all(map(_is_number, table.values())))
             self._check(key, valid, f"numbers for some of {', '.join(names)}")
+
+    @property
+    def tile_shape(self) -> Shape3D:
+        """``(D, H, W)`` of the tiles the network was trained on, voxels."""
+        size = self.model["img_size"]
+        return self.model["img_depth"], size, size
 
     def _check(self, key: str, valid: bool, expected: str) -> None:
         if not valid:

@@ -70,7 +70,7 @@ def soup_card(cards: Mapping[Path, ModelCard]) -> ModelCard:
         ]
         pairs += [
             (name, getattr(first, name), getattr(card, name))
-            for name in ("particles", "voxel_spacing", "normalization", "offset_voxel")
+            for name in ("particles", "voxel_spacing", "normalization", "contrast", "offset_voxel")
         ]
         for name, expected, found in pairs:
             if expected != found or (name == "particles" and list(expected) != list(found)):

@@ -23,7 +23,7 @@ from omegaconf.errors import OmegaConfBaseException
 from rich.console import Console
 from rich.table import Table
 
-from czii25d.errors import InputError, did_you_mean
+from czii25d.errors import INPUT_ERROR, InputError, did_you_mean
 from czii25d.particles import conf_dir, load_particles
 
 if TYPE_CHECKING:
@@ -33,7 +33,7 @@ PUBLISHED_FLAGS = ("mode", "class_num")  # the flags of the published 01 and 02,
 RUNS_AS_WORDS = ("view",)  # configurations whose runs may be given as words of their own
 NUMBER_OR_NAME = ("data.fold_id", "trainer.precision", "trainer.devices")  # number by default, text allowed
 OWN_PARTICLES = "own"  # what Hydra calls the table of particles=FILE
-INPUT_ERROR, INTERRUPTED = 2, 130
+INTERRUPTED = 130
 MENDABLE = (InputError, HydraException, OmegaConfBaseException, OSError)  # by the user, who is told in one line
 
 

@@ -32,6 +32,7 @@ RUNTIMES = ("torch", "onnxruntime", "openvino", "tensorrt")
 AUTOCAST = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 CHECKPOINT_SUFFIXES = (".ckpt", ".safetensors", ".pt", ".pth")
 RESCALE = ("auto", "never")
+AMPERE = (8, 0)  # the first compute capability that computes bf16; torch calls its emulation supported, too
 GRAPH_SUFFIX, ENGINE_SUFFIX = ".onnx", ".engine"
 SUFFIXES = (*CHECKPOINT_SUFFIXES, GRAPH_SUFFIX, ENGINE_SUFFIX)
 INSTALL_EXPORT = "pip install 'czii25d[export]', or set infer.runtime=torch"
@@ -69,15 +70,15 @@ class NetworkFile:
         """``(D, H, W)``: the only one of an ONNX file or engine, the trained one of a checkpoint."""
         if self.manifest is not None:
             return self.manifest.tile_shape
-        size = self.card.model["img_size"]
-        return self.card.model["img_depth"], size, size
+        return self.card.tile_shape
 
 
 def find_network_files(given: Any) -> list[Path]:
     """Return the files that ``checkpoints`` names: one, a list, or those in a folder.
 
-    Of a folder that a training wrote that is ``best.ckpt``; of a folder of such folders, each one's. Of a folder with
-    engines or ONNX files, these: engines before ONNX files before checkpoints.
+    Of a folder that a training wrote that is ``best.ckpt``; of a folder of such folders, each one's, whatever soups lie
+    beside them. Of a folder with engines or ONNX files, these: engines before ONNX files before checkpoints. A training
+    without ``best.ckpt`` is left out of several, and the log says so.
     """
     paths: list[Path] = []
     for name in given if isinstance(given, list | tuple | ListConfig) else [given]:
@@ -92,8 +93,8 @@ def find_network_files(given: Any) -> list[Path]:
                         [file for file in there if file.suffix == ENGINE_SUFFIX],
                         [file for file in there if file.suffix == GRAPH_SUFFIX],
                         [file for file in there if file.name == "best.ckpt"],  # of one training, the chosen one
+                        chosen_of_trainings(path),
                         there,
-                        sorted(path.glob("*/best.ckpt")),
                     )
                     if files
                 ),
@@ -110,6 +111,16 @@ def find_network_files(given: Any) -> list[Path]:
     if not paths:
         raise InputError("key checkpoints", "at least one checkpoint", "an empty list", "name one")
     return paths
+
+
+def chosen_of_trainings(folder: Path) -> list[Path]:
+    """Return ``best.ckpt`` of every training in a folder; name in the log those that have none."""
+    chosen = sorted(folder.glob("*/best.ckpt"))
+    without = {path.parent for path in folder.glob("*/last.ckpt")} - {path.parent for path in chosen}
+    if chosen and without:
+        names = ", ".join(sorted(path.name for path in without))
+        logger.warning("%s: without %s, which has no best.ckpt; name its last.ckpt to use it", folder, names)
+    return chosen
 
 
 def open_network_file(path: Path, model_kwargs: Mapping[str, Any]) -> NetworkFile:
@@ -336,7 +347,7 @@ def choose_precision(given: str, runtime: str, device: torch.device) -> str | No
     if runtime == "openvino":
         return None
     if device.type == "cuda" and runtime == "torch":
-        return "bf16" if torch.cuda.is_bf16_supported() else "fp16"
+        return "bf16" if torch.cuda.get_device_capability(device) >= AMPERE else "fp16"
     return "fp32"
 
 

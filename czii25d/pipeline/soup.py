@@ -14,11 +14,12 @@ from torch import Tensor, nn
 from czii25d.data.targets import open_target
 from czii25d.data.volumes import open_volume
 from czii25d.errors import InputError
-from czii25d.inference import pick_volume
+from czii25d.inference import pick_selected
 from czii25d.models.checkpoint import ModelCard, load_checkpoint, save_weights
 from czii25d.models.soup import average_weights, greedy_soup, soup_card
 from czii25d.particles import ParticleSet
 from czii25d.pipeline.members import CHECKPOINT_SUFFIXES, choose_device, find_network_files, inference_options
+from czii25d.pipeline.regions import regions_key
 from czii25d.runtimes.torch import TorchNetwork
 from czii25d.thresholds import ranked_fbeta
 
@@ -82,18 +83,30 @@ def judge(cfg: DictConfig, network: nn.Module, card: ModelCard) -> Callable[[Map
             "take checkpoints of one fold, or method=uniform",
         )
     output = Path(cfg.paths.output)
+    regions = regions_key(cfg.regions)
     volumes = [open_volume(output / "volumes" / "train" / run, card.normalization) for run in card.fold]
-    solution = pd.concat([open_target(output / "heatmaps" / f"{run}.zarr").picks() for run in card.fold])
-    size = card.model["img_size"]
-    options = inference_options(cfg.infer, (card.model["img_depth"], size, size))
+    selections = [
+        None if regions is None else regions.select(volume.name, volume.shape, volume.voxel_spacing)
+        for volume in volumes
+    ]
+    truth = [open_target(output / "heatmaps" / f"{run}.zarr").picks() for run in card.fold]
+    solution = pd.concat(
+        [
+            picks if selection is None else selection.keep(picks)[0]
+            for picks, selection in zip(truth, selections, strict=True)
+        ]
+    )
+    options = inference_options(cfg.infer, card.tile_shape, card.nms_radius)
     device, particles = choose_device(cfg.infer.device), ParticleSet.from_config(card.particles)
 
     def score(state: Mapping[str, Tensor]) -> float:
         network.load_state_dict(state)
         predictor = TorchNetwork(network, device)
         picks = [
-            pick_volume(volume, predictor, particles, options, volume.voxel_spacing, card.offset_voxel).assign(run=run)
-            for run, volume in zip(card.fold, volumes, strict=True)
+            pick_selected(
+                volume, predictor, particles, options, volume.voxel_spacing, card.offset_voxel, selection
+            ).assign(run=volume.name)
+            for volume, selection in zip(volumes, selections, strict=True)
         ]
         return ranked_fbeta(solution, pd.concat(picks, ignore_index=True), particles)["total"]
 

@@ -60,7 +60,7 @@ MAY_CHANGE_ON_RESUME = (
 COMPILE_MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
 SET_BY_LIGHTNING = ("LOCAL_RANK", "NODE_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "PL_GLOBAL_SEED")
 BEST_BY = ("fbeta_ranked", "fbeta", "fbeta_fixed")  # as `HeatmapModule` logs them, under val/
-SCHEDULES = ("cosine", "tanh", "step", "poly")
+SCHEDULES = ("cosine", "tanh")  # of timm's, those that need no settings of their own
 
 
 def train(cfg: DictConfig) -> float | None:
@@ -77,7 +77,7 @@ def train(cfg: DictConfig) -> float | None:
     """
     if os.environ.get("LOCAL_RANK", "0") != "0":
         logging.getLogger("czii25d").setLevel(logging.WARNING)  # the first process speaks for all
-    folder = Path(cfg.paths.saved_models) / cfg.wandb.name
+    folder = training_folder(cfg)
     checkpoint = find_checkpoint(cfg, folder)
     L.seed_everything(cfg.seed, workers=True, verbose=False)
     check_before_work(cfg)
@@ -156,12 +156,25 @@ def show_on_wandb(cfg: DictConfig, folder: Path, wandb: WandbLogger) -> None:
             wandb.log_image(f"report/{picture.stem}", [str(picture)])
 
 
+def training_folder(cfg: DictConfig) -> Path:
+    """Return where the training's files go; ``resume=false`` empties it, so it must be the training's own."""
+    name = Path(str(cfg.wandb.name))
+    if not name.parts or name.is_absolute() or ".." in name.parts:
+        raise InputError("key wandb.name", "the name of a folder in paths.saved_models", f"'{name}'", "name it")
+    return Path(cfg.paths.saved_models) / name
+
+
 def check_before_work(cfg: DictConfig) -> None:
     """Raise `InputError` for what would otherwise show only after data and network have been built."""
     if cfg.trainer.accelerator in ("gpu", "cuda") and not torch.cuda.is_available():
         raise InputError("key trainer.accelerator", "a GPU that torch sees", "none", "set trainer.accelerator=cpu")
     if cfg.scheduler.sched not in SCHEDULES:
         raise InputError("key scheduler.sched", f"one of {', '.join(SCHEDULES)}", cfg.scheduler.sched, "choose one")
+    if 0 < cfg.trainer.max_epochs <= cfg.scheduler.warmup_epochs:
+        short = (
+            "the learning rate is still rising when training ends: scheduler.warmup_epochs %g, trainer.max_epochs %d"
+        )
+        logger.warning(short, cfg.scheduler.warmup_epochs, cfg.trainer.max_epochs)
     if cfg.best_by not in BEST_BY:
         raise InputError("key best_by", f"one of {', '.join(BEST_BY)}", str(cfg.best_by), "choose one")
     if cfg.save_every_minutes is not None and cfg.save_every_minutes < 0:
@@ -220,6 +233,7 @@ def create_module(cfg: DictConfig, data: TomogramDataModule, particles: Particle
     model = create_model(**model_kwargs)
     if cfg.model.resume_path:
         start_from(cfg.model.resume_path, model, particles, model_kwargs)
+    options = inference_options(cfg.infer, nominal_tile(cfg))
     card = ModelCard(
         model={key: value for key, value in model_kwargs.items() if "pretrained" not in key},
         particles=particles.to_config(),
@@ -227,7 +241,7 @@ def create_module(cfg: DictConfig, data: TomogramDataModule, particles: Particle
         normalization=cfg.data.normalization,
         offset_voxel=0.0,
         thresholds=None,
-        nms_radius=None,
+        nms_radius=options.nms_radius_by_name(particles),  # thresholds are fitted under it
         fold=[target.run for _, target in data.held_out],
         czii25d_version=version("czii25d"),
     )
@@ -240,7 +254,7 @@ def create_module(cfg: DictConfig, data: TomogramDataModule, particles: Particle
         optimizer_factory(cfg),
         partial(create_schedule, cfg),
         data.held_out,
-        inference_options(cfg.infer, nominal_tile(cfg)),
+        options,
         ema_decay=cfg.model.ema_decay if cfg.model.ema else None,
         ema_warmup=cfg.model.ema_warmup,
         freeze_backbone_epochs=cfg.model.freeze_backbone_epochs,
@@ -304,7 +318,7 @@ def create_schedule(cfg: DictConfig, optimizer: torch.optim.Optimizer, updates_p
 
 def create_trainer(cfg: DictConfig, folder: Path, judged: bool) -> L.Trainer:
     """Build Lightning's trainer with our callbacks; ``judged`` ones also keep what ``best_by`` chooses."""
-    arguments: dict[str, Any] = OmegaConf.to_container(cfg.trainer)  # type: ignore[assignment]
+    arguments: dict[str, Any] = OmegaConf.to_container(cfg.trainer, resolve=True)  # type: ignore[assignment]
     on_cpu = arguments["accelerator"] == "cpu" or (arguments["accelerator"] == "auto" and not torch.cuda.is_available())
     if on_cpu and isinstance(arguments["devices"], list):
         arguments["devices"] = len(arguments["devices"])  # a CPU has processes, not device numbers

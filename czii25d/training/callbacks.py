@@ -19,6 +19,7 @@ from lightning.pytorch.strategies.launchers.subprocess_script import _Subprocess
 from torch import Tensor
 
 from czii25d.data.predictions import PredictedRun, write_record
+from czii25d.errors import INPUT_ERROR
 from czii25d.files import write_aside
 from czii25d.picks import above_thresholds, write_scored_picks_csv, write_solution_csv, write_submission_csv
 from czii25d.training.module import HeatmapModule
@@ -275,6 +276,7 @@ class EndTogether(L.Callback):
     """
 
     INTERVAL_SECONDS = 0.2
+    GRACE_SECONDS = 3.0
 
     def __init__(self) -> None:
         self._over = threading.Event()
@@ -298,6 +300,8 @@ class EndTogether(L.Callback):
         while not self._over.wait(self.INTERVAL_SECONDS):
             for rank, process in enumerate(launcher.procs, start=1):
                 status = process.poll()
+                if status == INPUT_ERROR and self._over.wait(self.GRACE_SECONDS):
+                    return  # this process ends for the same reason, which it has told
                 if status:
                     logger.error(
                         "error: process %d of the training has died (status %d), so the others end too; "

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, NoReturn
 
 import lightning as L
 import pandas as pd
@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from czii25d.data.targets import HeatmapTarget
 from czii25d.data.volumes import Volume
 from czii25d.errors import InputError
-from czii25d.inference import InferenceOptions, pick_volume, tiles_of_region
+from czii25d.inference import InferenceOptions, pick_selected
 from czii25d.losses import Loss, Mixer
-from czii25d.metrics import evaluate, fit_thresholds
+from czii25d.metrics import DEFAULT_THRESHOLD, evaluate, fit_thresholds
 from czii25d.models.checkpoint import ModelCard
 from czii25d.particles import ParticleSet
 from czii25d.picks import above_thresholds, empty_picks
@@ -58,6 +58,8 @@ class HeatmapModule(L.LightningModule):
         Raise the decay from 0 (``1 - (1 + step)^(-2/3)``) up to ``ema_decay``, for short trainings.
     freeze_backbone_epochs
         Epochs at the start in which the backbone's weights stay.
+    seed
+        Of mixing and stochastic depth.
     compile_mode
         Of ``torch.compile`` for the training step; ``None``: eager.
     selections
@@ -99,6 +101,9 @@ class HeatmapModule(L.LightningModule):
         self.judged_picks: pd.DataFrame | None = None  # of the last validation, with scores, and what they were
         self.solution: pd.DataFrame | None = None  # judged by
         self._averaged_step = 0
+        self._updates_per_epoch = 1
+        self._resumed_epochs: float | None = None  # where in its schedule a resumed training stands
+        self._schedule_lead = 0  # the schedule's steps less the optimizer's: other processes may have done longer ones
         self.skipped_steps, self.skipped_in_a_row = 0, 0  # of this epoch; up to now
         if compile_mode is not None:
             model.compile(mode=compile_mode)  # in place: neither the average nor the names of the weights change
@@ -115,6 +120,9 @@ class HeatmapModule(L.LightningModule):
     def on_train_start(self) -> None:
         """Count from where a resumed training stands."""
         self._averaged_step = self.trainer.global_step
+        if self._resumed_epochs is not None:
+            self._schedule_lead = round(self._resumed_epochs * self._updates_per_epoch) - self.trainer.global_step
+            self.lr_scheduler_step(self.lr_schedulers(), None)
         self._good_buffers = [buffer.clone() for buffer in self.model.buffers()]
         self._freeze_backbone()
 
@@ -154,25 +162,42 @@ class HeatmapModule(L.LightningModule):
             for weight in backbone.parameters():
                 weight.grad = None
         gradients = [weight.grad for weight in self.model.parameters() if weight.grad is not None]
+        buffers = list(self.model.buffers())
         largest = torch.nn.utils.get_total_norm(gradients, math.inf)
         if bool(torch.isfinite(largest)):
             self.skipped_in_a_row = 0
-            for good, buffer in zip(self._good_buffers, self.model.buffers(), strict=True):
-                good.copy_(buffer)
+            if buffers:
+                torch._foreach_copy_(self._good_buffers, buffers)
             return
-        for good, buffer in zip(self._good_buffers, self.model.buffers(), strict=True):
-            buffer.copy_(good)
+        if buffers:
+            torch._foreach_copy_(buffers, self._good_buffers)
         if getattr(self.trainer.precision_plugin, "scaler", None) is None:  # the scaler of fp16 skips by itself
             optimizer.zero_grad(set_to_none=True)
         self.skipped_steps += 1
         self.skipped_in_a_row += 1
         if self.skipped_in_a_row >= self.PATIENCE:
-            raise InputError(
-                f"training, step {self.trainer.global_step}",
-                "a finite loss and finite gradients",
-                f"none for {self.skipped_in_a_row} steps",
-                "lower opt.lr or set trainer.gradient_clip_val; the last good checkpoint is kept",
-            )
+            self._stop_for_gradients()
+
+    def _stop_for_gradients(self) -> NoReturn:
+        raise InputError(
+            f"training, epoch {self.current_epoch + 1}, step {self.trainer.global_step}",
+            "a finite loss and finite gradients",
+            f"none for {self.skipped_in_a_row} steps",
+            "lower opt.lr or set trainer.gradient_clip_val; last.ckpt, if there is one, is of before",
+        )
+
+    def on_train_epoch_end(self) -> None:
+        """Stop if the last epoch had no step at all, as short trainings may before it has happened often enough.
+
+        Raises
+        ------
+        InputError
+            As `on_before_optimizer_step`.
+        """
+        scaled = getattr(self.trainer.precision_plugin, "scaler", None) is not None  # fp16 first looks for its scale
+        is_last = self.current_epoch + 1 == self.trainer.max_epochs
+        if is_last and not scaled and self.skipped_in_a_row >= self._updates_per_epoch:
+            self._stop_for_gradients()
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Average the weights once per optimizer step that was not skipped."""
@@ -185,15 +210,16 @@ class HeatmapModule(L.LightningModule):
     def configure_optimizers(self) -> Any:
         """Return optimizer and scheduler, stepped once per optimizer step."""
         optimizer = self.create_optimizer(self.model)
-        epochs = max(1, self.trainer.max_epochs or 1)
-        updates_per_epoch = max(1, int(self.trainer.estimated_stepping_batches) // epochs)
+        _ = self.trainer.estimated_stepping_batches  # asks for the loader; itself it ends at max_steps
+        updates_per_epoch = math.ceil(self.trainer.num_training_batches / self.trainer.accumulate_grad_batches)
         scheduler = self.create_scheduler(optimizer, updates_per_epoch)
+        self._updates_per_epoch = updates_per_epoch
         scheduler.step_update(0)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     def lr_scheduler_step(self, scheduler: Any, metric: Any) -> None:
         """Move timm's scheduler on."""
-        scheduler.step_update(self.trainer.global_step)
+        scheduler.step_update(self.trainer.global_step + self._schedule_lead)
 
     def on_validation_epoch_start(self) -> None:
         """Forget the picks of the validation before."""
@@ -204,22 +230,23 @@ class HeatmapModule(L.LightningModule):
         if position < 0:
             return
         volume, target = self.held_out[position]
-        predictor = TorchNetwork(
-            self.judged_model, self.device
-        )  # in the precision of the trainer, whose autocast is on
-        selection, spacing = self.selections[position], volume.voxel_spacing
-        wanted = tiles_of_region(selection, self.particles, self.options, spacing)
-        picks = pick_volume(
-            volume, predictor, self.particles, self.options, spacing, self.card.offset_voxel, wanted=wanted
+        picks = pick_selected(
+            volume,
+            TorchNetwork(self.judged_model, self.device),  # in the precision of the trainer, whose autocast is on
+            self.particles,
+            self.options,
+            volume.voxel_spacing,
+            self.card.offset_voxel,
+            self.selections[position],
         )
-        self._picks.append((position, _selected(picks, selection).assign(run=target.run)))
+        self._picks.append((position, picks.assign(run=target.run)))
 
     def on_validation_epoch_end(self) -> None:
         """Score the picks of all processes together: at thresholds fitted on them, at the ones before, and at none.
 
         ``val/fbeta`` is optimistic, its thresholds having seen the tomogram they are judged on;
-        ``val/fbeta_fixed`` uses the thresholds of the validation before (0.5 for the first); ``val/fbeta_ranked``
-        chooses no threshold, see `czii25d.thresholds.ranked_fbeta`.
+        ``val/fbeta_fixed`` uses the thresholds of the validation before (`DEFAULT_THRESHOLD` for the first);
+        ``val/fbeta_ranked`` chooses no threshold, see `czii25d.thresholds.ranked_fbeta`.
         """
         gathered = self._picks
         if self.trainer.world_size > 1:
@@ -230,8 +257,13 @@ class HeatmapModule(L.LightningModule):
             return
         picks = pd.concat([frame for _, frame in sorted(gathered, key=lambda item: item[0])], ignore_index=True)
         truth = zip(self.held_out, self.selections, strict=True)
-        solution = pd.concat([_selected(target.picks(), selection) for (_, target), selection in truth])
-        before = self.card.thresholds or dict.fromkeys(self.particles.names, 0.5)
+        solution = pd.concat(
+            [
+                target.picks() if selection is None else selection.keep(target.picks())[0]
+                for (_, target), selection in truth
+            ]
+        )
+        before = self.card.thresholds or dict.fromkeys(self.particles.names, DEFAULT_THRESHOLD)
         thresholds = fit_thresholds(solution, picks, self.particles).thresholds
         self.card = replace(self.card, thresholds=thresholds)
         self.table = self._evaluate(solution, picks, thresholds)
@@ -249,13 +281,17 @@ class HeatmapModule(L.LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add what rebuilds and decodes the network, in plain types that load with ``weights_only``."""
         checkpoint["czii25d"] = self.card.to_dict()
+        position = self.trainer.global_step + self._schedule_lead
+        checkpoint["schedule_epochs"] = position / self._updates_per_epoch
         checkpoint["skipped_steps"] = [self.skipped_steps, self.skipped_in_a_row]
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Take back the thresholds of the last validation, and the count of skipped steps."""
+        """Take back the thresholds of the last validation, the count of skipped steps, and the place in the schedule.
+
+        The schedule itself is that of the settings, which may ask for more epochs than the interrupted training's.
+        """
+        self._resumed_epochs = checkpoint.get("schedule_epochs")
+        if self._resumed_epochs is not None:
+            checkpoint["lr_schedulers"] = []
         self.skipped_steps, self.skipped_in_a_row = checkpoint.get("skipped_steps", (0, 0))
         self.card = replace(self.card, thresholds=ModelCard.from_dict(checkpoint["czii25d"]).thresholds)
-
-
-def _selected(picks: pd.DataFrame, selection: Selection | None) -> pd.DataFrame:
-    return picks if selection is None else selection.keep(picks)[0]
