@@ -214,16 +214,17 @@ def run(recipe: Recipe, seed: int, arguments: argparse.Namespace) -> dict[str, A
     flops = FlopCounterMode(display=False)
     with flops, torch.no_grad():
         module.model.eval()(torch.zeros(1, 1, *tile, device=DEVICE))
-    steps = max(EPOCHS, int(arguments.budget / seconds_per_step(module, data, arguments)))
+    steps = max(1, int(arguments.budget / seconds_per_step(module, data, cfg, arguments)) // EPOCHS) * EPOCHS
+    dataset = data.dataset
+    dataset.sampling = replace(dataset.sampling, samples_per_epoch=steps // EPOCHS * data.batch_size)
     begin = compute_seconds()
-    fit(module, data, cfg, steps // EPOCHS)
-    seconds = compute_seconds() - begin
+    trainer = fit(module, data, cfg)
     result: dict[str, Any] = {
         "what": recipe.what,
         "parameters": sum(each.numel() for each in module.model.parameters()),
         "multiply_adds_per_voxel": flops.get_total_flops() / 2 / math.prod(tile),
-        "samples": steps // EPOCHS * EPOCHS * data.batch_size,
-        "training_seconds": seconds,
+        "samples": trainer.global_step * data.batch_size,
+        "training_seconds": compute_seconds() - begin,
     }
     return result | judge(module, data, tile, particles, arguments)
 
@@ -235,41 +236,62 @@ def overrides(recipe: Recipe, seed: int, arguments: argparse.Namespace) -> list[
         f"paths.output={arguments.output}",
         f"data.fold_id={arguments.held_out}",
         f"data.num_workers={arguments.workers}",
-        "data.sampling.samples_per_epoch=null",  # whole epochs are cut short below, so that each draws from all tiles
+        "data.sampling.samples_per_epoch=null",  # see `run`
         f"trainer.max_epochs={EPOCHS}",
         "scheduler.warmup_epochs=1",
         f"seed={seed}",
     ]
 
 
-def seconds_per_step(module: HeatmapModule, data: Any, arguments: argparse.Namespace) -> float:
-    """Return the mean seconds of a training step once memory and kernels are there, the weights left as they are."""
-    weights = {name: value.clone() for name, value in module.model.state_dict().items()}
-    optimizer = module.create_optimizer(module.model.train())
-    batches = iter(data.train_dataloader())
-    begin, step = compute_seconds(), 0
-    while step <= WARM_UP_STEPS or compute_seconds() - begin < CALIBRATION * arguments.budget:
-        if step == WARM_UP_STEPS:
-            begin = compute_seconds()
-        image, target = (each.to(DEVICE) for each in next(batches))
-        module.loss(module.model(image), target).backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        step += 1
-    module.model.load_state_dict(weights)
-    return (compute_seconds() - begin) / (step - WARM_UP_STEPS)
+def question(recipe: Recipe, arguments: argparse.Namespace) -> dict[str, Any]:
+    """Return what a result depends on, beside seed and budget."""
+    return {
+        "overrides": [*recipe.overrides],
+        "sigma_voxel": recipe.sigma_voxel,
+        "tile": recipe.tile and [*recipe.tile],
+        "output": str(arguments.output),
+        "held_out": arguments.held_out,
+        "unseen": [f"{name}={path}" for name, path in arguments.unseen],
+    }
 
 
-def fit(module: HeatmapModule, data: Any, cfg: Any, steps_per_epoch: int) -> None:
-    """Train; nothing is validated or saved meanwhile."""
+class Stopwatch(L.Callback):
+    """Times steps, once memory and kernels are there, and stops the training when it has seen enough of them."""
+
+    def __init__(self, limit: float) -> None:
+        self.limit, self.steps, self.begin, self.seconds = limit, 0, 0.0, 0.0
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Read the clock."""
+        self.steps += 1
+        if self.steps <= WARM_UP_STEPS:
+            self.begin = compute_seconds()
+        else:
+            self.seconds = compute_seconds() - self.begin
+            trainer.should_stop = self.seconds >= self.limit
+
+
+def seconds_per_step(module: HeatmapModule, data: Any, cfg: Any, arguments: argparse.Namespace) -> float:
+    """Return the mean seconds of a step, of a short training whose weights are then forgotten."""
+    weights = {name: value.clone() for name, value in module.state_dict().items()}
+    watch = Stopwatch(CALIBRATION * arguments.budget)
+    fit(module, data, cfg, watch)
+    module.load_state_dict(weights)
+    return watch.seconds / (watch.steps - WARM_UP_STEPS)
+
+
+def fit(module: HeatmapModule, data: Any, cfg: Any, *callbacks: L.Callback) -> L.Trainer:
+    """Train as 11 does, but nothing is validated or saved meanwhile."""
     trainer = L.Trainer(
         accelerator="gpu" if DEVICE.type == "cuda" else "cpu",
         devices=1,
         precision=cfg.trainer.precision if DEVICE.type == "cpu" else "bf16-mixed",
         max_epochs=EPOCHS,
-        limit_train_batches=steps_per_epoch,
         limit_val_batches=0,
         gradient_clip_val=cfg.trainer.gradient_clip_val,
+        callbacks=list(callbacks),
         logger=False,
         enable_checkpointing=False,
         enable_progress_bar=False,
@@ -279,6 +301,7 @@ def fit(module: HeatmapModule, data: Any, cfg: Any, steps_per_epoch: int) -> Non
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", module=r"lightning\..*")
         trainer.fit(module, datamodule=data)
+    return trainer
 
 
 def judge(
@@ -386,11 +409,18 @@ def main() -> None:
     results: dict[str, list[dict[str, Any]]] = {}
     for seed, name in itertools.product(arguments.seeds, arguments.recipes):
         path = arguments.work / f"{name.replace(' ', '_')}.{seed}.{arguments.budget:g}.json"
+        asked = question(RECIPES[name], arguments)
         if not path.is_file():
-            result = run(RECIPES[name], seed, arguments) | {"seed": seed}
+            result = run(RECIPES[name], seed, arguments) | {"seed": seed, "asked": asked}
             with write_aside(path) as partial:
                 partial.write_text(json.dumps(result, indent=2))
-        results.setdefault(name, []).append(json.loads(path.read_text()))
+        result = json.loads(path.read_text())
+        if result["asked"] != asked:
+            told = (
+                f"{path}: expected a result of this recipe and data, found another; delete it, or choose another --work"
+            )
+            raise SystemExit(f"error: {told}")
+        results.setdefault(name, []).append(result)
         print(path.name, f"{results[name][-1]['scores']['held out']['total']:.4f}", flush=True)
     gpu = f", {torch.cuda.get_device_name()}" if DEVICE.type == "cuda" else ""
     print(
