@@ -27,7 +27,7 @@ test: lint ## lint, then the whole test suite
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal --ignore tests/$(KILLS)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal tests/$(KILLS)
 
-demo: $(STAMP) ## simulate, prepare, train, predict and score; 4 to 9 minutes on two cores
+demo: $(STAMP) ## simulate, prepare, train, predict and score; about 4 minutes on two cores
 	rm -rf demo
 	$(BIN)/python 00_make_phantom.py $(DEMO)
 	$(BIN)/python 01_create_dataset.py $(DEMO)

@@ -41,7 +41,7 @@ from czii25d.geometry import Shape3D
 from czii25d.inference import InferenceOptions, pick_volume
 from czii25d.metrics import evaluate, fit_thresholds
 from czii25d.particles import ParticleSet
-from czii25d.picks import read_picks_csv
+from czii25d.picks import above_thresholds, read_picks_csv
 from czii25d.pipeline.app import keep_freed_memory, load_config
 from czii25d.pipeline.train import create_data, create_module
 from czii25d.runtimes.torch import TorchNetwork
@@ -326,8 +326,7 @@ def judge(
     fitted = fit_thresholds(truth[truth["run"] == held_out.name], picks, particles)
 
     def score(truth: pd.DataFrame, picks: pd.DataFrame) -> dict[str, float]:
-        kept = picks[picks["score"] >= picks["particle"].map(fitted.thresholds).astype(float)]
-        return evaluate(truth, kept, particles=particles)["fbeta"].to_dict()
+        return evaluate(truth, above_thresholds(picks, fitted.thresholds), particles=particles)["fbeta"].to_dict()
 
     result["scores"] = {"held out": score(truth[truth["run"] == held_out.name], picks)}
     for name, output in arguments.unseen:

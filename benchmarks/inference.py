@@ -35,7 +35,7 @@ from czii25d.metrics import evaluate, fit_thresholds
 from czii25d.models.checkpoint import load_checkpoint
 from czii25d.models.folding import fold
 from czii25d.particles import ParticleSet
-from czii25d.picks import read_picks_csv
+from czii25d.picks import above_thresholds, read_picks_csv
 from czii25d.pipeline.app import keep_freed_memory
 from czii25d.runtimes.onnxruntime import OnnxRuntimeNetwork
 from czii25d.runtimes.openvino import OpenVinoNetwork
@@ -184,8 +184,7 @@ def score_table(volume: Volume, checkpoint: Path, solution: Path, folder: Path) 
         picks = picks.assign(run=volume.name)
         seconds = time.perf_counter() - begin
         thresholds = card.thresholds or {}
-        kept = picks[picks["score"] >= picks["particle"].map(thresholds).astype(float)]
-        fixed = evaluate(truth, kept, particles=particles).loc["total", "fbeta"]
+        fixed = evaluate(truth, above_thresholds(picks, thresholds), particles=particles).loc["total", "fbeta"]
         fitted = fit_thresholds(truth, picks, particles).fbeta
         best = sum(fitted[each.name] * each.weight for each in particles) / sum(each.weight for each in particles)
         print(f"| {as_text(tile)} | {overlap:g} | {wanted} | {seconds:.1f} | {fixed:.4f} | {best:.4f} |", flush=True)

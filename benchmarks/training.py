@@ -1,4 +1,4 @@
-"""Time training: the data path alone, the step alone, and both together; print a table in Markdown.
+"""Time training: the data path alone, the step alone, both together, and 11 itself; print a table in Markdown.
 
 ``python benchmarks/training.py OUTPUT [--rounds 15] [OVERRIDE ...]``, OUTPUT being the folder that 01 and 02 wrote. On
 a GPU the published settings (batch 32, 16 x 128 x 128, convnext_nano, mixed precision), on a CPU the small preset with
@@ -17,9 +17,12 @@ import platform
 import resource
 import statistics
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
+import lightning as L
 import torch
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
@@ -30,6 +33,7 @@ from czii25d.pipeline.app import keep_freed_memory, load_config
 from czii25d.pipeline.train import create_data, create_module
 
 Batch = tuple[Tensor, Tensor]
+WARM_UP_STEPS = 3
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 SETTINGS = ["experiment=reproduce_4th_place"] if DEVICE.type == "cuda" else ["experiment=cpu", "data.batch_size=8"]
 
@@ -45,7 +49,7 @@ def batches(data: TomogramDataModule) -> Iterator[Batch]:
 
 
 def training_step(cfg, data: TomogramDataModule) -> Callable[[Batch], None]:
-    """Return what 11 does with a batch: mixing, both passes, the optimizer and the average."""
+    """Return mixing, both passes, the optimizer and the average; 11 also clips gradients and checks them."""
     module = create_module(cfg, data, ParticleSet.from_config(cfg.particles)).to(DEVICE).train()
     optimizer = module.create_optimizer(module.model)
     scaler = torch.amp.GradScaler(DEVICE.type, enabled=DEVICE.type == "cuda")
@@ -64,6 +68,44 @@ def training_step(cfg, data: TomogramDataModule) -> Callable[[Batch], None]:
             module.model_ema.update(module.model)
 
     return step
+
+
+class Clock(L.Callback):
+    """Notes when each step of a training has ended."""
+
+    def __init__(self) -> None:
+        self.times: list[float] = []
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Note the time."""
+        self.times.append(time.perf_counter())
+
+
+def seconds_of_11(cfg: Any, data: TomogramDataModule, steps: int) -> float:
+    """Return the median seconds of a step of 11's own loop, nothing validated or saved."""
+    clock = Clock()
+    trainer = L.Trainer(
+        accelerator="gpu" if DEVICE.type == "cuda" else "cpu",
+        devices=1,
+        precision=cfg.trainer.precision,
+        max_steps=WARM_UP_STEPS + steps,
+        gradient_clip_val=cfg.trainer.gradient_clip_val,
+        limit_val_batches=0,
+        callbacks=[clock],
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        use_distributed_sampler=False,
+    )
+    module = create_module(cfg, data, ParticleSet.from_config(cfg.particles))
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", module=r"lightning\..*")
+        trainer.fit(module, datamodule=data)
+    ends = clock.times[WARM_UP_STEPS - 1 :]
+    return statistics.median(after - before for before, after in itertools.pairwise(ends))
 
 
 def seconds(work: Callable[[], None], count: int) -> float:
@@ -118,10 +160,13 @@ def main() -> None:
     print(f"{datetime.date.today()}, {cores}{gpu}, torch {torch.__version__}, {cfg.model.backbone}, batch", end=" ")
     tile = f"{cfg.model.img_depth} x {cfg.model.img_size} x {cfg.model.img_size}"
     print(f"{cfg.data.batch_size} of {tile}, median of {arguments.rounds} rounds\n")
-    print("| what | ms a sample | samples a second |\n|---|---|---|")
+    print("| what | ms a sample | samples a second | steps a second |\n|---|---|---|---|")
     for name, column in zip(works, zip(*rounds, strict=True), strict=True):
         own = statistics.median(column) / cfg.data.batch_size
-        print(f"| {name} | {1e3 * own:.2f} | {1 / own:.1f} |")
+        print(f"| {name} | {1e3 * own:.2f} | {1 / own:.1f} | {1 / statistics.median(column):.2f} |")
+    step_of_11 = seconds_of_11(cfg, data, count * arguments.rounds)
+    own = step_of_11 / cfg.data.batch_size
+    print(f"| 11 itself, Lightning's loop and all | {1e3 * own:.2f} | {1 / own:.1f} | {1 / step_of_11:.2f} |")
     share = statistics.median(path / alone for path, alone, _ in rounds)
     added = statistics.median(both / alone - 1 for _, alone, both in rounds)
     print(f"\nThe data path takes {share:.1%} of the step's time alone, and adds {added:.1%} to it.")

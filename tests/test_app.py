@@ -10,7 +10,8 @@ import pytest
 from conftest import run_script
 
 from czii25d.errors import InputError
-from czii25d.pipeline.app import load_config, read_comments, translate_flags
+from czii25d.pipeline.app import _Checked, load_config, read_comments, translate_flags
+from czii25d.pipeline.train import train
 
 
 def test_published_flags_become_overrides() -> None:
@@ -26,6 +27,13 @@ def test_comments_are_found_by_dotted_key(tmp_path: Path) -> None:
     path = tmp_path / "a.yaml"
     path.write_text("one: 1  # first\ntwo:  # group\n  three: x  # inner\n  four: 4\nfive: 5 # last\n")
     assert read_comments(path) == {"one": "first", "two": "group", "two.three": "inner", "five": "last"}
+
+
+def test_a_job_of_a_sweep_crosses_processes() -> None:
+    """Hydra's joblib and submitit launchers send it by cloudpickle."""
+    cloudpickle = pytest.importorskip("cloudpickle", reason="comes with Hydra's launchers, czii25d[sweep]")
+    job = cloudpickle.loads(cloudpickle.dumps(_Checked(train, "train", ["11_train.py"], "czii")))
+    assert (job.function, job.config_name, job.__module__) == (train, "train", "czii25d.pipeline.train")
 
 
 SCRIPTS = [

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import pickle
 import shutil
 from collections.abc import Sequence
@@ -14,7 +15,7 @@ import torch
 from lightning.pytorch.plugins import MixedPrecision
 
 from czii25d.data.augment import Augmentation
-from czii25d.data.cache import choose_cache, load_volumes
+from czii25d.data.cache import choose_cache, host_memory, load_volumes
 from czii25d.data.datamodule import TomogramDataModule, check_classes, split_runs
 from czii25d.data.dataset import EpochSampler, Sampling, TileDataset
 from czii25d.data.targets import HeatmapTarget, open_target
@@ -245,6 +246,34 @@ def test_volumes_lie_where_there_is_room_and_the_reason_is_said(wanted, size, fr
 def test_an_unknown_cache_is_refused() -> None:
     with pytest.raises(InputError, match=r"data\.cache.*auto, device, host, disk"):
         choose_cache("ram", 0, None, 0)  # type: ignore[arg-type]
+
+
+def test_a_gpu_that_is_full_after_all_leaves_the_volumes_where_they_are(
+    prepared_dir: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Free memory in pieces is found out by trying only; no GPU here, so what it answers is stood in for."""
+    data = make_module(prepared_dir)
+
+    def load(volumes, cache, device):
+        if cache == "device":
+            raise torch.OutOfMemoryError("in pieces")
+        return load_volumes(volumes, cache, device)
+
+    monkeypatch.setattr("czii25d.data.datamodule.load_volumes", load)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (10 * GB, 12 * GB))
+    monkeypatch.setattr(logging.getLogger("czii25d"), "propagate", True)
+    with caplog.at_level("INFO"):
+        data.move_to(torch.device("cuda"))
+    assert data.dataset.delivers == "boxes" and "data.cache=host: the volumes" in caplog.text
+
+
+def test_memory_is_what_the_cgroup_grants(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("czii25d.data.cache.CGROUPS", tmp_path)
+    machine = host_memory()
+    (tmp_path / "memory.max").write_text("max\n")
+    assert host_memory() == machine
+    (tmp_path / "memory.max").write_text("123456\n")
+    assert host_memory() == 123456
 
 
 def test_grid_is_the_published_half_overlapping_one(opened) -> None:

@@ -51,18 +51,15 @@ def test_the_service_that_predicts_gives_keys_that_exist() -> None:
 
 @pytest.mark.parametrize("experiment", EXPERIMENTS)
 def test_every_experiment_builds_its_network_optimizer_and_schedule(experiment: str) -> None:
+    narrower = ["model.decoder_channels=[8,8,8]"] if experiment == "reproduce_4th_place" else []
     with hydra.initialize_config_dir(str(conf_dir().resolve()), version_base="1.3"):
         cfg = hydra.compose(
             "train",
-            [
-                f"experiment={experiment}",
-                "model.pretrained=false",
-                "model.decoder_channels=[8,8,8]",
-                "model.class_num=6",
-            ],
+            [f"experiment={experiment}", "model.pretrained=false", "model.class_num=6", *narrower],
         )
     kwargs = {k: v for k, v in cfg.model.items() if not k.startswith(("ema", "freeze", "resume", "compile"))}
     net = czii25d.create_model(**kwargs)
+    assert len(net.decoder.blocks) == len(cfg.model.decoder_channels)
     optimizer = optimizer_factory(cfg)(net)
     schedule = create_schedule(cfg, optimizer, 10)
     rates = []

@@ -96,12 +96,29 @@ class TomogramDataModule(L.LightningDataModule):
         Names.
     particles
         What the network is to find; must be what 02 was made for.
+    tile_shape
+        ``(D, H, W)`` voxels of a training tile.
+    sampling, augmentation
+        Where tiles are cut, and what is random of them.
+    normalization
+        See `czii25d.data.volumes.Volume`.
+    batch_size
+        Tiles of a step of each process.
+    num_workers
+        Processes that draw and cut tiles; 0: the training's own does.
+    seed
+        Of what is drawn, together with the epoch.
     regions
         What is labelled of each run; ``None``: all of all. Tiles are cut there, and the rest has no part in the loss.
     cache
         Where the training volumes lie, see `czii25d.data.cache.choose_cache`.
     reconstructions
         Further volumes of each training run, ``<volumes_dir>/<run>/<reconstruction>/``.
+
+    Raises
+    ------
+    InputError
+        If a folder is missing or not of these particles, runs differ in voxel spacing, or a particle has no pick.
     """
 
     def __init__(

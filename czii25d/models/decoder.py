@@ -28,7 +28,15 @@ class ConvBnRelu(nn.Module):
 
 
 class DecoderBlock(nn.Module):
-    """Upsample to the next finer feature, join it, and convolve twice."""
+    """Upsample to the next finer feature, join it, and convolve twice.
+
+    Parameters
+    ----------
+    in_channels, skip_channels, out_channels
+        Of the coarser feature, the finer one, and what comes out.
+    scale
+        Upsampling along z, y, x.
+    """
 
     def __init__(self, in_channels: int, skip_channels: int, out_channels: int, scale: Scale3D) -> None:
         super().__init__()
@@ -64,7 +72,7 @@ class Decoder(nn.Module):
         )
 
     def forward(self, features: Sequence[Tensor]) -> Tensor:
-        """Join features, finest first, to the resolution of the finest."""
+        """Join features ``(B, C_i, D_i, H_i, W_i)``, finest first, to one ``(B, C, D_0, H_0, W_0)`` of the finest."""
         *skips, x = features
         for block, skip in zip(self.blocks, reversed(skips), strict=True):
             x = block(x, skip)

@@ -35,6 +35,13 @@ def greedy_soup(
 ) -> tuple[list[int], list[float], float]:
     """Choose ingredients one by one, the best first; each stays if the soup scores no worse with it (recipe 1 there).
 
+    Parameters
+    ----------
+    states
+        Weights of each network, ``state_dict()``.
+    score
+        Of weights; higher is better.
+
     Returns
     -------
     chosen
