@@ -22,7 +22,8 @@ class Muon(torch.optim.AdamW):
     A gradient of a filter bank has a few large singular values, and Adam follows them; here the weak directions are
     learned as fast as the strong ones (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon/). Updates are
     scaled to the size of Adam's (Liu et al. 2025, arXiv:2502.16982), so one learning rate and one weight decay serve
-    both. Filters ``(out, in, ...)`` are matrices ``(out, in * ...)``; depth-wise ones, biases and norms are AdamW's.
+    both. Filters ``(out, in, ...)`` are matrices ``(out, in * ...)``, a grouped convolution's and
+    the output layer's like any other; depth-wise ones, biases and norms are AdamW's.
 
     Parameters
     ----------
