@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import faulthandler
 import json
 import subprocess
 import sys
+from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
@@ -38,6 +40,13 @@ def pytest_testnodedown(node, error: object) -> None:
     if error:
         with suppress(subprocess.TimeoutExpired):
             print(f"worker {node.gateway.id}: exit status {node.gateway._io.popen.wait(20)}")
+
+
+@pytest.fixture(autouse=True)
+def a_crash_would_be_told(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Fail the test that switches off what tells where a worker crashes."""
+    yield
+    assert faulthandler.is_enabled() or not request.config.pluginmanager.has_plugin("faulthandler")
 
 
 @pytest.fixture(scope="session")
