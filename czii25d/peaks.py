@@ -14,6 +14,7 @@ from torch.nn import functional
 
 Peaks = tuple[NDArray[np.float64], NDArray[np.float32]]
 
+ROUNDING = 1 + 1e-9  # a voxel at the very end of a radius lies within it, however the radius was computed
 LEAST_REACH = 3**0.5  # voxels: the 26 about a peak always count
 LARGEST_BLOCK = 3  # voxels a side; larger ones are no faster
 DECIDED_AT_ONCE = 24  # planes; of fewer, most time goes into the planes about them
@@ -120,7 +121,7 @@ def _per_class(
 
 def _halo(radius: NDArray[np.float64]) -> int:
     """Return how many planes beyond its own a peak depends on."""
-    return max(math.floor(max(radius[0], LEAST_REACH)), 2 * _refinement_step(radius[0]))
+    return max(math.floor(max(radius[0], LEAST_REACH) * ROUNDING), 2 * _refinement_step(radius[0]))
 
 
 def _planes_between(slabs: Sequence[Tensor], channel: int, start: int, stop: int) -> Tensor:
@@ -249,12 +250,12 @@ def _keep_unbeaten(
 
 def _offsets_within(reach: NDArray[np.float64], step: ArrayLike = 1, margin: ArrayLike = 0) -> NDArray[np.int64]:
     """Return the ``(K, 3)`` non-zero offsets, in steps, no longer than ``reach`` with the margin; nearest first."""
-    limit = (reach // np.asarray(step)).astype(int)
+    limit = (reach * ROUNDING // np.asarray(step)).astype(int)
     grid = np.stack(np.meshgrid(*(np.arange(-n, n + 1) for n in limit), indexing="ij"), -1).reshape(-1, 3)
     length = np.square((np.abs(grid) * step + margin) / reach).sum(1)
     length[(grid == 0).all(1)] = np.inf
     order = np.argsort(length, kind="stable")
-    return grid[order][: int((length <= 1 + 1e-9).sum())]
+    return grid[order][: int((length <= ROUNDING).sum())]
 
 
 def _flat_steps(offsets: NDArray[np.int64], shape: Sequence[int]) -> list[int]:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -119,6 +121,22 @@ def test_later_calls_leave_results_alone(graphs: dict[str, Path], runtime: str) 
     kept = first.clone()
     predictor(torch.zeros(2, 1, *TILE))
     assert torch.equal(first, kept)
+
+
+def test_signals_find_their_stack_when_another_thread_drops_openvino(graphs: dict[str, Path]) -> None:
+    """OpenVINO's plugin would take the memory of the signal stack with it: dead by SIGSEGV, without a word."""
+    code = """
+import faulthandler, gc, os, signal, sys, threading
+faulthandler.enable()
+from czii25d.runtimes.openvino import OpenVinoNetwork
+networks = [OpenVinoNetwork(sys.argv[1])]
+dropping = threading.Thread(target=lambda: (networks.clear(), gc.collect()))
+dropping.start(), dropping.join()
+signal.signal(signal.SIGUSR1, lambda *_: print("heard"))
+os.kill(os.getpid(), signal.SIGUSR1)
+"""
+    told = subprocess.run([sys.executable, "-c", code, graphs["fp32"]], capture_output=True, text=True, timeout=300)
+    assert (told.returncode, told.stdout) == (0, "heard\n"), told.stderr
 
 
 def test_every_computing_node_has_the_asked_type(graphs: dict[str, Path]) -> None:

@@ -63,6 +63,21 @@ def test_peaks_are_those_of_the_definition_with_ties(volume, radius, threshold: 
     assert [volume[center] for center in found] == scores.tolist()
 
 
+@pytest.mark.parametrize("axis", range(3))
+@pytest.mark.parametrize("radius", [5.0, 4.999999999999999])
+def test_a_voxel_at_the_end_of_the_radius_is_within_it(axis: int, radius: float) -> None:
+    volume = np.zeros((14, 15, 16), np.float32)
+    volume[3, 4, 5] = 1
+    second = [3, 4, 5]
+    second[axis] += 5
+    volume[tuple(second)] = 0.9
+    [(centers, _)] = find_peaks(volume[None], radius, 0.5, refine=False)
+    assert centers.tolist() == [[3, 4, 5]]
+    slabs = iter(torch.from_numpy(volume[None]).split(2, 1))
+    [(centers, _)] = find_peaks_in_slabs(slabs, radius, 0.5, refine=False)
+    assert centers.tolist() == [[3, 4, 5]]
+
+
 @pytest.mark.parametrize("radius", [1.0, 2.5, 3.6, 6.3, 9.0])
 def test_peaks_are_those_of_the_definition_in_noise(radius: float) -> None:
     volume = np.random.default_rng(int(radius)).random((19, 23, 28), np.float32)

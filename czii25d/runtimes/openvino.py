@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from functools import cache
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -13,6 +14,19 @@ from czii25d.errors import InputError
 
 INSTALL = "pip install 'czii25d[export]'"
 _PRECISIONS = {"fp32": "f32", "bf16": "bf16", "fp16": "f16"}
+
+
+@cache
+def _core() -> Any:
+    """Return the one core of this process, which stays until its end.
+
+    OpenVINO's CPU plugin gives the thread that loads it a stack for signal handlers and takes the memory back when it
+    goes, but the stack only if it goes in that thread. A core that another thread drops (a garbage collector does)
+    leaves the first thread without: the next signal, of a child that ends or Ctrl-C, kills the process without a word.
+    """
+    import openvino
+
+    return openvino.Core()
 
 
 class OpenVinoNetwork:
@@ -36,10 +50,9 @@ class OpenVinoNetwork:
 
     def __init__(self, path: Path | str, precision: Literal["fp32", "bf16", "fp16"] | None = None) -> None:
         try:
-            import openvino
+            core = _core()
         except ImportError:
             raise InputError("key infer.runtime", "openvino installed", "it is not", INSTALL) from None
-        core = openvino.Core()
         if precision is None:
             precision = "bf16" if "BF16" in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES") else "fp32"
         self.precision = precision
